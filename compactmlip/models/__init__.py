@@ -1,0 +1,90 @@
+"""Native model families: plain PyTorch, twice differentiable, free of upstream packages."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any, Protocol, cast as typing_cast
+
+import torch
+from torch import Tensor, nn
+
+from compactmlip.errors import CheckpointError, did_you_mean
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from compactmlip.channels import ChannelGraph, Mask
+    from compactmlip.models.linear import Tap
+    from compactmlip.spec import ModelSpec
+
+FAMILIES = {"nequip": "compactmlip.models.nequip:NequIP"}
+"""Family name -> "module:class"; imported when first used."""
+
+STRUCTURES = {"nequip": "compactmlip.models.nequip_channels"}
+"""Family name -> module with ``channel_graph(spec)`` and ``pruned_spec(spec, masks)``."""
+
+FLOAT64_BUFFERS = frozenset({"energy_scale", "energy_shift"})
+"""Buffers that stay in float64 whatever the compute dtype: energies are summed in float64."""
+
+
+class Model(Protocol):
+    """What every native model is: see :class:`compactmlip.models.nequip.NequIP`."""
+
+    spec: ModelSpec
+
+    def __call__(
+        self,
+        species: Tensor,
+        centers: Tensor,
+        neighbors: Tensor,
+        vectors: Tensor,
+        tap: Tap | None = None,
+    ) -> Tensor:
+        """Return the energy of each atom, (n_nodes,), float64, in eV."""
+        ...
+
+
+def build(spec: ModelSpec) -> nn.Module:
+    """Build the model of a spec with random parameters, in float64.
+
+    Raises
+    ------
+    CheckpointError
+        If the family is unknown.
+    """
+    if spec.family not in FAMILIES:
+        hint = did_you_mean(spec.family, FAMILIES)
+        raise CheckpointError(f"unknown model family '{spec.family}'; known: {', '.join(FAMILIES)}.{hint}")
+    module, _, name = FAMILIES[spec.family].partition(":")
+    return typing_cast(nn.Module, getattr(importlib.import_module(module), name)(spec))
+
+
+def cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Cast parameters and buffers in place to the compute dtype and return the model."""
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            parameter.data = parameter.data.to(dtype)
+            assert name not in FLOAT64_BUFFERS
+        for name, buffer in module.named_buffers(recurse=False):
+            if buffer.is_floating_point() and name not in FLOAT64_BUFFERS:
+                setattr(module, name, buffer.to(dtype))
+    return model
+
+
+def model_dtype(model: nn.Module) -> torch.dtype:
+    """Compute dtype of a model."""
+    return next(model.parameters()).dtype
+
+
+def channel_graph(spec: ModelSpec) -> ChannelGraph:
+    """Return the channel groups of a spec's family."""
+    return typing_cast("ChannelGraph", _structure(spec).channel_graph(spec))
+
+
+def pruned_spec(spec: ModelSpec, masks: Mapping[str, Mask]) -> ModelSpec:
+    """Return the spec that is left when only the masked-in channels of each group stay."""
+    return typing_cast("ModelSpec", _structure(spec).pruned_spec(spec, masks))
+
+
+def _structure(spec: ModelSpec) -> Any:
+    return importlib.import_module(STRUCTURES[spec.family])

@@ -1,0 +1,156 @@
+"""Equivariant convolution: neighbours' features times spherical harmonics times radial weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from compactmlip.models.angular import wigner_3j
+from compactmlip.models.linear import RadialMLP, Tap
+
+Path = tuple[int, int, int]
+"""(l of the neighbour's feature, l of the spherical harmonic, l of the message)."""
+
+
+@dataclass(frozen=True)
+class Edges:
+    """What a convolution needs to know about the edges.
+
+    Attributes
+    ----------
+    centers, neighbors
+        (E,) node indices; messages flow from neighbour to centre.
+    basis
+        (E, n_basis) radial basis times envelope.
+    harmonics
+        (E, (lmax + 1)^2) spherical harmonics of the edge vectors.
+    """
+
+    centers: Tensor
+    neighbors: Tensor
+    basis: Tensor
+    harmonics: Tensor
+
+
+def group_by_input(paths: Sequence[Path]) -> dict[int, list[Path]]:
+    """Paths by l of the neighbour's feature; the order of radial weight columns."""
+    grouped: dict[int, list[Path]] = {}
+    for path in sorted(paths):
+        grouped.setdefault(path[0], []).append(path)
+    return grouped
+
+
+def radial_columns(paths: Sequence[Path], channels: Sequence[int]) -> dict[Path, slice]:
+    """Columns of the radial network's output that weight each path."""
+    columns, start = {}, 0
+    for path in sorted(paths):
+        columns[path] = slice(start, start + channels[path[0]])
+        start += channels[path[0]]
+    return columns
+
+
+def message_rows(paths: Sequence[Path], channels: Sequence[int]) -> dict[Path, slice]:
+    """Channels of the order-l3 message that each path fills."""
+    rows: dict[Path, slice] = {}
+    used: dict[int, int] = {}
+    for path in sorted(paths):
+        start = used.get(path[2], 0)
+        rows[path] = slice(start, start + channels[path[0]])
+        used[path[2]] = rows[path].stop
+    return rows
+
+
+def message_channels(paths: Sequence[Path], channels: Sequence[int], lmax: int) -> tuple[int, ...]:
+    """Number of message channels of each order 0 ... lmax."""
+    return tuple(sum(channels[p[0]] for p in paths if p[2] == l) for l in range(lmax + 1))
+
+
+class Convolution(nn.Module):
+    """Depth-wise tensor product with radial weights, summed over neighbours.
+
+    For path p = (l1, l2, l3), with the coupling tensor C of norm sqrt(2 l3 + 1)::
+
+        m_i[l3, p, c, k] = f * sum_j  R_p,c(r_ij)  C[a, b, k]  h_j[l1, c, a]  Y[l2, b](r_ij)
+
+    where f is a frozen factor (one over the average number of neighbours, or its square root).
+    This is the uvu tensor product of NequIP (Batzner et al. 2022, Eq. 3).
+
+    Parameters
+    ----------
+    channels
+        Channels per order of the neighbours' features.
+    paths
+        Paths that exist.
+    lmax_edge
+        Largest order of the spherical harmonics handed in.
+    radial_sizes
+        Basis size and hidden sizes of the radial network.
+    """
+
+    normalisation: Tensor
+
+    def __init__(
+        self,
+        channels: Sequence[int],
+        paths: Sequence[Path],
+        lmax_edge: int,
+        radial_sizes: Sequence[int],
+    ) -> None:
+        super().__init__()
+        self.channels = tuple(channels)
+        self.grouped = group_by_input(paths)
+        self.lmax_out = max((p[2] for p in paths), default=0)
+        num_weights = sum(self.channels[p[0]] for p in paths)
+        self.radial = RadialMLP([*radial_sizes, num_weights])
+        self.register_buffer("normalisation", torch.ones((), dtype=torch.float64))
+        for l1, group in self.grouped.items():
+            self.register_buffer(f"coupling_{l1}", _coupling(group, lmax_edge), persistent=False)
+            which = [k for k, p in enumerate(group) for _ in range(2 * p[2] + 1)]
+            self.register_buffer(f"path_of_{l1}", torch.tensor(which), persistent=False)
+
+    def forward(
+        self, x: Sequence[Tensor | None], edges: Edges, tap: Tap | None = None, space: str = ""
+    ) -> list[Tensor | None]:
+        """Return messages per order, shape (n_nodes, 2l+1, message channels).
+
+        Rows are ordered as :func:`message_rows` says.
+        """
+        weights = self.radial(edges.basis, tap, space)
+        pieces: list[list[Tensor]] = [[] for _ in range(self.lmax_out + 1)]
+        start = 0
+        for l1, group in self.grouped.items():
+            features, channels = x[l1], self.channels[l1]
+            assert features is not None
+            stop = start + len(group) * channels
+            summed = self._sum_neighbors(l1, features, edges, weights[:, start:stop])
+            start, row = stop, 0
+            for path in group:
+                pieces[path[2]].append(summed[:, row : row + 2 * path[2] + 1])
+                row += 2 * path[2] + 1
+        return [torch.cat(parts, dim=-1) * self.normalisation if parts else None for parts in pieces]
+
+    def _sum_neighbors(self, l1: int, features: Tensor, edges: Edges, weights: Tensor) -> Tensor:
+        """Messages of all paths that start from order l1, components of all paths side by side."""
+        which, channels = getattr(self, f"path_of_{l1}"), self.channels[l1]
+        coupling = edges.harmonics @ getattr(self, f"coupling_{l1}")
+        coupling = coupling.unflatten(1, (which.shape[0], 2 * l1 + 1))
+        message = torch.bmm(coupling, features.index_select(0, edges.neighbors))
+        radial = weights.unflatten(1, (-1, channels)).index_select(1, which)
+        total = features.new_zeros((features.shape[0], which.shape[0], channels))
+        return total.index_add(0, edges.centers, message * radial)
+
+
+def _coupling(group: Sequence[Path], lmax_edge: int) -> Tensor:
+    """Matrix ((lmax_edge + 1)^2, rows * (2 l1 + 1)) that turns harmonics into coupling matrices."""
+    l1 = group[0][0]
+    blocks = []
+    for _, l2, l3 in group:
+        block = torch.zeros((lmax_edge + 1) ** 2, 2 * l3 + 1, 2 * l1 + 1, dtype=torch.float64)
+        table = torch.tensor(wigner_3j(l1, l2, l3)) * math.sqrt(2 * l3 + 1)
+        block[l2**2 : (l2 + 1) ** 2] = table.permute(1, 2, 0)
+        blocks.append(block)
+    return torch.cat(blocks, dim=1).flatten(1)

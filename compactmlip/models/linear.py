@@ -1,0 +1,128 @@
+"""Dense layers.  Every weight W has a frozen factor s next to it; the layer computes x @ (s W).
+
+The factors are upstream's normalisation constants, stored instead of recomputed, so that cutting
+channels changes no remaining number and optimisers see the same parametrisation as upstream.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+SILU_GAIN = 1.679176792398942
+"""1 / sqrt(E[silu(z)^2]) for standard normal z: keeps unit second moment (normalize2mom)."""
+
+
+Tap = Callable[[str, int, Tensor], Tensor]
+"""Called as ``tap(space, order, x)`` on a feature; returns it, possibly changed."""
+
+
+def apply_tap(tap: Tap | None, space: str, order: int, x: Tensor) -> Tensor:
+    """Hand a feature (channels last) to the tap, if there is one."""
+    return x if tap is None else tap(space, order, x)
+
+
+def normalised_silu(x: Tensor) -> Tensor:
+    """SiLU with unit second moment under a standard normal input."""
+    return functional.silu(x) * SILU_GAIN
+
+
+class ScaledWeight(nn.Module):
+    """A weight of any shape with its frozen factor."""
+
+    scale: Tensor
+
+    def __init__(self, *shape: int, scale: float = 1.0) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(*shape, dtype=torch.float64))
+        self.register_buffer("scale", torch.tensor(scale, dtype=torch.float64))
+
+    def forward(self) -> Tensor:
+        """Return the factor times the weight."""
+        return self.weight * self.scale
+
+
+class EquivariantLinear(nn.Module):
+    """Linear map within each order l: ``y[l] = x[l] @ W[l]``, optional bias on l = 0.
+
+    Features are lists indexed by l of tensors (n_nodes, 2l+1, channels) or None where an order has no
+    channels.  With ``num_species`` each species has its own weights, shape (species, in, out).
+    """
+
+    def __init__(
+        self,
+        channels_in: Sequence[int],
+        channels_out: Sequence[int],
+        *,
+        bias: bool = False,
+        num_species: int | None = None,
+    ) -> None:
+        super().__init__()
+        species = () if num_species is None else (num_species,)
+        self.per_species = num_species is not None
+        self.orders = nn.ModuleDict(
+            {
+                str(l): ScaledWeight(*species, c_in, c_out, scale=c_in**-0.5)
+                for l, (c_in, c_out) in enumerate(zip(channels_in, channels_out, strict=False))
+                if c_in and c_out
+            }
+        )
+        has_bias = bias and channels_out[0] > 0
+        self.bias = nn.Parameter(torch.zeros(channels_out[0], dtype=torch.float64)) if has_bias else None
+
+    def forward(self, x: Sequence[Tensor | None], species: Tensor | None = None) -> list[Tensor | None]:
+        """Apply the map; orders without weights come out as None.
+
+        ``species`` (n_nodes,) is needed only by maps with weights per species.
+        """
+        out: list[Tensor | None] = []
+        for l, features in enumerate(x):
+            key = str(l)
+            if key not in self.orders or features is None:
+                out.append(None)
+                continue
+            weight = self.orders[key]()
+            if self.per_species:
+                out.append(_per_species(features, weight, species))
+            else:
+                out.append(features @ weight)
+        if self.bias is not None:
+            if out[0] is None:
+                raise ValueError("a bias needs scalar input channels")
+            out[0] = out[0] + self.bias
+        return out
+
+
+def _per_species(features: Tensor, weight: Tensor, species: Tensor | None) -> Tensor:
+    """Multiply each node by its species' matrix, one matmul per species."""
+    if species is None:
+        raise ValueError("weights per species need the species index of each node")
+    out = features.new_zeros((features.shape[0], features.shape[1], weight.shape[-1]))
+    for s in range(weight.shape[0]):
+        chosen = torch.nonzero(species == s).squeeze(-1)
+        out = out.index_add(0, chosen, features.index_select(0, chosen) @ weight[s])
+    return out
+
+
+class RadialMLP(nn.Module):
+    """Network from radial basis values to path weights: SiLU between bias-free layers."""
+
+    def __init__(self, sizes: Sequence[int]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(
+            ScaledWeight(n_in, n_out, scale=n_in**-0.5) for n_in, n_out in pairwise(sizes)
+        )
+
+    def forward(self, basis: Tensor, tap: Tap | None = None, space: str = "") -> Tensor:
+        """Return (E, sizes[-1]); ``tap`` may watch or change the hidden units."""
+        x = basis
+        last = len(self.layers) - 1
+        for k, layer in enumerate(self.layers):
+            x = x @ layer()
+            if k < last:
+                x = apply_tap(tap, f"{space}.{k}", 0, normalised_silu(x))
+        return x
