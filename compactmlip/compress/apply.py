@@ -10,8 +10,7 @@ from torch import Tensor, nn
 
 from compactmlip.channels import Mask
 from compactmlip.errors import InputError, unknown_species_error
-from compactmlip.models import build, cast, channel_graph, model_dtype, pruned_spec
-from compactmlip.spec import ModelSpec
+from compactmlip.models import build, cast, channel_graph, model_dtype, model_spec, pruned_spec
 
 
 def prune(model: nn.Module, masks: Mapping[str, Mask]) -> nn.Module:
@@ -33,8 +32,7 @@ def prune(model: nn.Module, masks: Mapping[str, Mask]) -> nn.Module:
     InputError
         If a mask does not fit, or nothing would be left of a part that is needed.
     """
-    spec = model.spec
-    assert isinstance(spec, ModelSpec)
+    spec = model_spec(model)
     graph = channel_graph(spec)
     complete = graph.complete(masks)
     smaller = cast(build(pruned_spec(spec, complete)), model_dtype(model))
@@ -52,8 +50,7 @@ def keep_species(model: nn.Module, symbols: Iterable[str]) -> nn.Module:
     SpeciesError
         If a symbol is not covered by the model.
     """
-    spec = model.spec
-    assert isinstance(spec, ModelSpec)
+    spec = model_spec(model)
     wanted = set(symbols)
     if not wanted:
         raise InputError("no species given; name at least one, for instance --species Mg,O.")

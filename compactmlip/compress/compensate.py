@@ -36,8 +36,6 @@ from compactmlip.progress import Track
 RIDGES = tuple(10.0**k for k in range(-8, 3))
 """Penalties tried, relative to the mean square of the inputs."""
 
-import os
-SCALED = bool(int(os.environ.get('SCALED','0')))
 DAMPINGS = (1.0, 10.0, 100.0, 1000.0)
 """Factors on the chosen penalties tried when the refit does not lower the held-out error."""
 
@@ -207,8 +205,7 @@ def _refit_all(
     student: NequIP,
     teacher: NequIP,
     columns: Mapping[str, Tensor],
-    batches: Sequence[GraphBatch],
-    folds: Sequence[int],
+    data: Sequence[tuple[GraphBatch, int]],
     damping: float,
     track: Track,
 ) -> list[StageFit]:
@@ -299,7 +296,7 @@ class _Ridge:
 
     def __init__(self, gram: Tensor, moment: Tensor) -> None:
         scale = gram.diagonal().clamp(min=0).sqrt()
-        self.inverse = torch.where(scale > 0, 1 / scale, 0.0).unsqueeze(1) if SCALED else torch.ones_like(scale).unsqueeze(1)
+        self.inverse = torch.where(scale > 0, 1 / scale, 0.0).unsqueeze(1)
         values, self.vectors = torch.linalg.eigh(gram * self.inverse * self.inverse.mT)
         self.values = values.clamp(min=0)
         self.unit = float(self.values.mean())
@@ -308,7 +305,8 @@ class _Ridge:
     def solve(self, ridge: float) -> Tensor:
         """Change of the weights under penalty ``ridge`` (relative to the mean eigenvalue)."""
         damped = self.moment / (self.values + ridge * self.unit).unsqueeze(1)
-        return self.inverse * (self.vectors @ damped)
+        change: Tensor = self.inverse * (self.vectors @ damped)
+        return change
 
 
 def _choose_ridge(folds: Sequence[_Sums], damping: float) -> tuple[float | None, Tensor | None, float, float]:
@@ -328,7 +326,12 @@ def _choose_ridge(folds: Sequence[_Sums], damping: float) -> tuple[float | None,
     if not errors[best] < before:
         return None, None, (before / scale) ** 0.5, (before / scale) ** 0.5
     ridge = RIDGES[best] * damping
-    return ridge, _Ridge(gram, moment).solve(ridge), (before / scale) ** 0.5, (max(errors[best], 0.0) / scale) ** 0.5
+    return (
+        ridge,
+        _Ridge(gram, moment).solve(ridge),
+        (before / scale) ** 0.5,
+        (max(errors[best], 0.0) / scale) ** 0.5,
+    )
 
 
 def _apply(maps: Sequence[nn.Module], l: int, change: Tensor) -> None:

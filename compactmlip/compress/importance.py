@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -11,9 +11,8 @@ from torch import Tensor, nn
 
 from compactmlip.data.graph import GraphBatch, batches_by_edges, collate
 from compactmlip.errors import InputError
-from compactmlip.models import channel_graph, model_dtype
+from compactmlip.models import channel_graph, model_dtype, model_spec
 from compactmlip.progress import Track
-from compactmlip.spec import ModelSpec
 
 Scores = dict[str, NDArray[np.float64]]
 """Score of each channel by channel-group name."""
@@ -46,12 +45,10 @@ def taylor_importance(
     InputError
         If there is no calibration structure.
     """
-    spec = model.spec
-    assert isinstance(spec, ModelSpec)
     graphs = list(graphs)
     if not graphs:
         raise InputError("importance needs at least one calibration structure.")
-    groups = channel_graph(spec).groups
+    groups = channel_graph(model_spec(model)).groups
     totals = {name: np.zeros(group.size) for name, group in groups.items() if group.space is not None}
     num_atoms = sum(len(g.species) for g in graphs)
     with Track("importance", num_atoms, enabled=progress) as track:
@@ -76,7 +73,9 @@ def _batch_scores(model: nn.Module, batch: GraphBatch) -> Scores:
     with torch.enable_grad():
         energies = model(batch.species, batch.centers, batch.neighbors, batch.vectors, tap=watch)
         names = list(features)
-        gradients = torch.autograd.grad(energies.sum(), [features[n] for n in names], allow_unused=True)
+        gradients: Sequence[Tensor | None] = torch.autograd.grad(
+            energies.sum(), [features[n] for n in names], allow_unused=True
+        )
     structure_of_edge = batch.structure[batch.centers]
     scores = {}
     for name, gradient in zip(names, gradients, strict=True):

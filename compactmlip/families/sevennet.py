@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,7 @@ from compactmlip.errors import CheckpointError, InputError, UnsupportedFeatureEr
 from compactmlip.families.unpickle import load_restricted
 from compactmlip.models import build
 from compactmlip.models.angular import wigner_3j
-from compactmlip.models.convolution import Path as TensorPath
-from compactmlip.models.convolution import message_channels, radial_columns
+from compactmlip.models.convolution import Path as TensorPath, message_channels, radial_columns
 from compactmlip.models.nequip import NequIPArchitecture, NequIPLayer, gate_input_channels
 from compactmlip.spec import ModelSpec, Provenance
 
@@ -90,12 +90,18 @@ def _refuse_unsupported(config: Mapping[str, Any]) -> None:
     for key, allowed in expected.items():
         value = config.get(key, allowed[0])
         if value not in allowed:
-            raise UnsupportedFeatureError(f"SevenNet option {key} = {value!r} is not supported (only {allowed[0]!r}).")
+            raise UnsupportedFeatureError(
+                f"SevenNet option {key} = {value!r} is not supported (only {allowed[0]!r})."
+            )
     for key in ("act_gate", "act_scalar"):
         if config.get(key, {"e": "silu"})["e"] != "silu":
-            raise UnsupportedFeatureError(f"SevenNet option {key} = {config[key]!r} is not supported (only silu).")
+            raise UnsupportedFeatureError(
+                f"SevenNet option {key} = {config[key]!r} is not supported (only silu)."
+            )
     if config["radial_basis"].get("radial_basis_name") != "bessel":
-        raise UnsupportedFeatureError(f"radial basis {config['radial_basis']!r} is not supported (only bessel).")
+        raise UnsupportedFeatureError(
+            f"radial basis {config['radial_basis']!r} is not supported (only bessel)."
+        )
     kinds = config.get("self_connection_type", "nequip")
     if not isinstance(kinds, str) and len(set(kinds)) > 1:
         raise UnsupportedFeatureError("self-connections that differ between layers are not supported.")
@@ -105,11 +111,15 @@ def _choose_modality(config: Mapping[str, Any], modality: str | None) -> int | N
     """Index of the chosen modality, or None for a model without."""
     if not config.get("use_modality", False):
         if modality is not None:
-            raise InputError(f"modality '{modality}' was asked for, but this model has only one level of theory.")
+            raise InputError(
+                f"modality '{modality}' was asked for, but this model has only one level of theory."
+            )
         return None
     names: Mapping[str, int] = config["_modal_map"]
     if modality is None:
-        raise InputError(f"this model has several modalities ({', '.join(names)}): choose one with --modality.")
+        raise InputError(
+            f"this model has several modalities ({', '.join(names)}): choose one with --modality."
+        )
     if modality not in names:
         hint = did_you_mean(modality, names)
         raise InputError(f"unknown modality '{modality}'; the model has {', '.join(names)}.{hint}")
@@ -133,7 +143,7 @@ def _spec(
             up_bias=up_bias,
             down_bias=down_bias,
         )
-        for up, out in zip(channels[:-1], channels[1:], strict=True)
+        for up, out in pairwise(channels)
     ]
     cutoff_function = config["cutoff_function"]
     if cutoff_function["cutoff_function_name"] == "XPLOR":
@@ -258,9 +268,7 @@ class _Reader:
             self._species_linear(t, into, gate_in, num_species)
         self._convolution(layer, t)
 
-    def _linear(
-        self, source: str, target: str, into: Channels, out: Channels, modal: bool = False
-    ) -> None:
+    def _linear(self, source: str, target: str, into: Channels, out: Channels, modal: bool = False) -> None:
         """Split e3nn's flat weight into one block per order; fold the modality into a bias."""
         flat, start = self.state[source], 0
         extra = int(self.config["_number_of_modalities"]) if modal else 0
@@ -328,7 +336,9 @@ class _Reader:
             return 1.0
         overlap = float((self.state[key] * torch.tensor(np.array(wigner_3j(*path)))).sum())
         if not math.isclose(abs(overlap), 1.0, abs_tol=1e-5):
-            raise CheckpointError(f"{key} is not a coupling tensor of this convention (overlap {overlap:.6f}).")
+            raise CheckpointError(
+                f"{key} is not a coupling tensor of this convention (overlap {overlap:.6f})."
+            )
         return math.copysign(1.0, overlap)
 
 

@@ -76,6 +76,29 @@ def model_dtype(model: nn.Module) -> torch.dtype:
     return next(model.parameters()).dtype
 
 
+def model_spec(model: nn.Module) -> ModelSpec:
+    """Spec of a native model.
+
+    Raises
+    ------
+    TypeError
+        If the module is not one of compactmlip's models.
+    """
+    from compactmlip.spec import ModelSpec
+
+    spec = getattr(model, "spec", None)
+    if not isinstance(spec, ModelSpec):
+        raise TypeError(f"expected a compactmlip model, got {type(model).__name__}")
+    return spec
+
+
+def record_step(model: nn.Module, action: str, **options: Any) -> None:
+    """Append a step to the provenance in the model's spec."""
+    spec = model_spec(model)
+    provenance = spec.provenance.then(action, **options)
+    setattr(model, "spec", spec.model_copy(update={"provenance": provenance}))  # noqa: B010
+
+
 def channel_graph(spec: ModelSpec) -> ChannelGraph:
     """Return the channel groups of a spec's family."""
     return typing_cast("ChannelGraph", _structure(spec).channel_graph(spec))

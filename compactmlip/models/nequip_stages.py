@@ -16,7 +16,7 @@ from torch import Tensor
 from compactmlip.data.graph import GraphBatch
 from compactmlip.models.convolution import Edges
 from compactmlip.models.linear import EquivariantLinear, ScaledWeight
-from compactmlip.models.nequip import Features, NequIP
+from compactmlip.models.nequip import Features, NequIP, NequIPBlock
 
 
 @dataclass
@@ -71,8 +71,14 @@ def linear_stages(model: NequIP) -> Iterator[LinearStage]:
     yield _readout_stage(model)
 
 
-def _up_stage(model: NequIP, t: int) -> LinearStage:
+def _block(model: NequIP, t: int) -> NequIPBlock:
     block = model.layers[t]
+    assert isinstance(block, NequIPBlock)
+    return block
+
+
+def _up_stage(model: NequIP, t: int) -> LinearStage:
+    block = _block(model, t)
     return LinearStage(
         name=f"layer {t} up",
         maps=(f"layers.{t}.up",),
@@ -85,7 +91,7 @@ def _up_stage(model: NequIP, t: int) -> LinearStage:
 
 
 def _gate_stage(model: NequIP, t: int) -> LinearStage:
-    block = model.layers[t]
+    block = _block(model, t)
     linear_skip = block.skip is not None and not block.skip.per_species
     maps = (f"layers.{t}.down", f"layers.{t}.skip") if linear_skip else (f"layers.{t}.down",)
     return LinearStage(
@@ -127,4 +133,4 @@ def block_weight(linear: EquivariantLinear, l: int) -> ScaledWeight | None:
 @torch.no_grad()
 def add_to_weight(block: ScaledWeight, change: Tensor) -> None:
     """Add a change of the effective weight (factor times parameter)."""
-    block.weight += (change / block.scale.double()).to(block.weight.dtype)
+    block.weight.add_((change / block.scale.double()).to(block.weight.dtype))

@@ -1,0 +1,395 @@
+"""Command line.  A command parses, calls one public function and prints; heavy imports come late."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from compactmlip import __version__
+from compactmlip.errors import CompactMLIPError, InputError
+
+INTERRUPTED = 130
+"""Exit status after Ctrl-C, by convention 128 + SIGINT."""
+
+app = typer.Typer(
+    name="compactmlip",
+    help="Make large equivariant interatomic potentials small, fast and validated for your own system.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+
+Output = Annotated[Path | None, typer.Option("-o", "--output", help="File or folder to write.")]
+Config = Annotated[Path | None, typer.Option("--config", help="YAML file with options; flags override it.")]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Any other option, for instance distil.lr=0.003."),
+]
+Seed = Annotated[int | None, typer.Option(help="Seed of all random numbers.")]
+AsJSON = Annotated[bool, typer.Option("--json", help="Print the result as JSON, and no progress.")]
+Structures = Annotated[list[Path], typer.Argument(help="Structure files, anything that ASE reads.")]
+Teacher = Annotated[str, typer.Option(help="Name (7net-l3i5, ...) or checkpoint file.")]
+Modality = Annotated[str | None, typer.Option(help="Level of theory, for models that have several.")]
+Species = Annotated[str | None, typer.Option(help="Species to keep, for instance Mg,O.")]
+To = Annotated[
+    str | None,
+    typer.Option("--to", help="Channels per order, for instance 64x0+32x1+16x2; per layer with commas."),
+]
+Keys = Annotated[str | None, typer.Option(metavar="KEY", help="Label name in the file.")]
+
+
+def main() -> None:
+    """Entry point: turn expected errors into one line and an exit status."""
+    try:
+        app()
+    except CompactMLIPError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+    except SystemExit as stop:
+        if stop.code == INTERRUPTED:
+            print("interrupted; the same command continues where it can.", file=sys.stderr)
+        raise
+
+
+def _version(show: bool) -> None:
+    if show:
+        print(f"compactmlip {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+def _result(as_json: bool, text: str, **values: Any) -> None:
+    print(json.dumps(values, default=str) if as_json else text)
+
+
+def _symbols(text: str | None) -> tuple[str, ...] | None:
+    return None if text is None else tuple(s.strip() for s in text.split(",") if s.strip())
+
+
+@app.command()
+def info(file: Path, as_json: AsJSON = False) -> None:
+    """Show what a checkpoint or a deployed model is."""
+    from compactmlip.info import describe
+
+    description = describe(file)
+    if as_json:
+        print(json.dumps(description))
+        return
+    width = max(len(key) for key in description)
+    for key, value in description.items():
+        lines = value if isinstance(value, list) else [value]
+        for k, line in enumerate(lines):
+            print(f"{key if k == 0 else '':{width}}  {line}")
+
+
+@app.command()
+def convert(
+    model: Annotated[str, typer.Argument(help="Name (7net-l3i5, 7net-0, 7net-mf-0, ...) or upstream file.")],
+    output: Output = None,
+    species: Species = None,
+    modality: Modality = None,
+    dtype: Annotated[str, typer.Option(help="float32 or float64.")] = "float32",
+    as_json: AsJSON = False,
+) -> None:
+    """Import a foundation model as a compactmlip checkpoint."""
+    from compactmlip import checkpoint
+    from compactmlip.compress.apply import keep_species
+    from compactmlip.families import load_model
+
+    if dtype not in checkpoint.DTYPES:
+        raise InputError(f"unknown dtype '{dtype}'; choose float32 or float64.")
+    path = output or Path(f"{Path(model).stem}.safetensors")
+    native = load_model(model, modality=modality, dtype=checkpoint.DTYPES[dtype])
+    symbols = _symbols(species)
+    checkpoint.save(keep_species(native, symbols) if symbols else native, path)
+    _result(as_json, f"wrote {path}", output=path)
+
+
+@app.command()
+def sample(
+    structures: Structures,
+    teacher: Teacher = "7net-l3i5",
+    output: Output = None,
+    number: Annotated[int | None, typer.Option("-n", help="Number of structures.")] = None,
+    modality: Modality = None,
+    seed: Seed = None,
+    config: Config = None,
+    settings: Settings = None,
+    as_json: AsJSON = False,
+) -> None:
+    """Sample diverse structures around the given ones."""
+    from compactmlip.config import resolve
+    from compactmlip.data.read import read_structures, write_labelled
+    from compactmlip.data.sample import SampleOptions, sample as run
+
+    options = resolve(SampleOptions, config, settings or [], n=number, seed=seed)
+    frames = read_structures(structures)
+    path = output or Path("samples.xyz")
+    made = run(frames, _teacher_for(teacher, modality, frames), options, progress=not as_json)
+    write_labelled(path, made)
+    _result(as_json, f"wrote {len(made)} structures to {path}", output=path, structures=len(made))
+
+
+@app.command()
+def label(
+    structures: Structures,
+    teacher: Teacher = "7net-l3i5",
+    output: Output = None,
+    modality: Modality = None,
+    as_json: AsJSON = False,
+) -> None:
+    """Compute teacher energies, forces and stresses; continues after an interruption."""
+    from compactmlip.data.label import label as run
+    from compactmlip.data.read import read_structures
+
+    frames = read_structures(structures)
+    path = output or Path("labelled.xyz")
+    done = run(frames, _teacher_for(teacher, modality, frames), path, progress=not as_json)
+    _result(as_json, f"wrote {len(done)} labelled structures to {path}", output=path, structures=len(done))
+
+
+@app.command()
+def prune(
+    model: Annotated[str, typer.Argument(help="Name or checkpoint of the model to cut.")],
+    calibration: Annotated[
+        list[Path], typer.Option("--calibration", help="Structures; labels are not needed.")
+    ],
+    to: To = None,
+    output: Output = None,
+    species: Species = None,
+    modality: Modality = None,
+    compensate: Annotated[bool, typer.Option(help="Refit linear maps in closed form.")] = True,
+    radial_hidden: Annotated[int | None, typer.Option(help="Units to keep in the radial networks.")] = None,
+    readout_hidden: Annotated[int | None, typer.Option(help="Units to keep in the readout.")] = None,
+    group_key: Annotated[
+        str | None,
+        typer.Option(help="info key naming the material of a frame; validates the refit across materials."),
+    ] = None,
+    seed: int = 0,
+    as_json: AsJSON = False,
+) -> None:
+    """Cut channels and orders, then refit what is left."""
+    from compactmlip import checkpoint
+    from compactmlip.compress.apply import keep_species
+    from compactmlip.compress.compress import compress
+    from compactmlip.data.graph import build_graph
+    from compactmlip.data.read import read_structures
+    from compactmlip.families import load_model
+    from compactmlip.models import model_dtype
+
+    frames = read_structures(calibration)
+    teacher: Any = load_model(model, modality=modality, dtype=None)
+    teacher = keep_species(teacher, _symbols(species) or _present(frames))
+    graphs = [build_graph(a, teacher.spec, model_dtype(teacher)) for a in frames]
+    groups = None
+    if group_key is not None:
+        if any(group_key not in a.info for a in frames):
+            raise InputError(f"--group-key {group_key}: not every calibration structure has this info key.")
+        groups = [str(a.info[group_key]) for a in frames]
+    path = output or Path("pruned.safetensors")
+    made = compress(
+        teacher,
+        graphs,
+        to or "64x0+32x1+16x2",
+        radial_hidden=radial_hidden,
+        readout_hidden=readout_hidden,
+        with_compensation=compensate,
+        groups=groups,
+        seed=seed,
+        progress=not as_json,
+    )
+    checkpoint.save(made.model, path)
+    before, after = (sum(p.numel() for p in m.parameters()) for m in (teacher, made.model))
+    text = f"wrote {path}: {before} -> {after} parameters"
+    values: dict[str, Any] = {"output": path, "parameters_before": before, "parameters": after}
+    if made.compensation is not None:
+        refit = made.compensation
+        before_after = f"{1e3 * refit.plain_error:.0f} -> {1e3 * refit.error:.0f}"
+        text += f"; held-out force RMSE {before_after} meV/A by compensation"
+        values |= {"force_rmse_plain": refit.plain_error, "force_rmse": refit.error}
+    _result(as_json, text, **values)
+
+
+@app.command()
+def distil(
+    student: Annotated[Path, typer.Argument(help="Checkpoint of the pruned model.")],
+    train: Annotated[Path, typer.Option(help="Labelled training structures.")],
+    valid: Annotated[Path, typer.Option(help="Labelled validation structures.")],
+    output: Output = None,
+    minutes: Annotated[float | None, typer.Option(help="Wall-clock budget.")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Passes over the training structures.")] = None,
+    energy_key: Keys = None,
+    forces_key: Keys = None,
+    stress_key: Keys = None,
+    seed: Seed = None,
+    config: Config = None,
+    settings: Settings = None,
+    as_json: AsJSON = False,
+) -> None:
+    """Train a pruned model on its teacher's labels; continues after an interruption."""
+    from compactmlip import checkpoint
+    from compactmlip.config import resolve
+    from compactmlip.data.read import read_labelled
+    from compactmlip.train.distil import DistilOptions, distil as run
+
+    if minutes is not None and epochs is None:
+        settings = ["max_epochs=null", *(settings or [])]
+    options = resolve(
+        DistilOptions, config, settings or [], max_minutes=minutes, max_epochs=epochs, seed=seed
+    )
+    names = {"energy_key": energy_key, "forces_key": forces_key, "stress_key": stress_key}
+    keys: dict[str, Any] = {k: v for k, v in names.items() if v is not None}
+    frames = [read_labelled(path, **keys) for path in (train, valid)]
+    path = output or Path("distilled.safetensors")
+    folder = path.with_suffix(".training")
+    result = run(checkpoint.load(student), frames[0], frames[1], options, folder, not as_json)
+    checkpoint.save(result.model, path)
+    _result(as_json, f"wrote {path}: {result.errors} on {valid}", output=path, **result.errors.row())
+
+
+@app.command("compile")
+def compile_(
+    model: Annotated[Path, typer.Argument(help="Checkpoint (*.safetensors).")],
+    output: Output = None,
+    dtype: Annotated[str, typer.Option(help="float32 or float64.")] = "float32",
+    as_json: AsJSON = False,
+) -> None:
+    """Write the deployed file that the ASE calculator loads."""
+    from compactmlip.deploy.compile import compile_model
+
+    path = output or model.with_suffix(".pt")
+    report = compile_model(model, path, dtype=dtype)  # type: ignore[arg-type]
+    _result(as_json, f"wrote {path} ({dtype}): {report}", output=path)
+
+
+@app.command()
+def validate(
+    model: Annotated[Path, typer.Argument(help="Deployed file (*.pt) or checkpoint.")],
+    teacher: Annotated[Path, typer.Option(help="Teacher's checkpoint (*.safetensors) or deployed file.")],
+    structure: Annotated[
+        list[Path],
+        typer.Option("--structure", help="Held-out labelled structures, or structures to sample from."),
+    ],
+    output: Output = None,
+    seed: Seed = None,
+    config: Config = None,
+    settings: Settings = None,
+    as_json: AsJSON = False,
+) -> None:
+    """Compare a model with its teacher; writes certificate.json and report.html."""
+    from compactmlip.config import resolve
+    from compactmlip.data.read import read_structures
+    from compactmlip.validate.run import ValidateOptions, validate as run
+
+    options = resolve(ValidateOptions, config, settings or [], seed=seed)
+    folder = output or Path("validation")
+    certificate = run(model, teacher, read_structures(structure), options, folder, progress=not as_json)
+    text = f"{certificate.verdict}: see {folder / 'report.html'} and {folder / 'certificate.json'}"
+    _result(as_json, text, verdict=certificate.verdict, output=folder)
+
+
+@app.command()
+def specialize(
+    structures: Structures,
+    output: Output = None,
+    teacher: Annotated[str | None, typer.Option(help="Name or checkpoint file.")] = None,
+    modality: Modality = None,
+    species: Species = None,
+    to: To = None,
+    number: Annotated[int | None, typer.Option("-n", help="Number of structures to sample.")] = None,
+    minutes: Annotated[float | None, typer.Option(help="Time for everything.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32 or float64.")] = None,
+    seed: Seed = None,
+    config: Config = None,
+    settings: Settings = None,
+    as_json: AsJSON = False,
+) -> None:
+    """All steps with all options: from structures to a validated compact model."""
+    from compactmlip.data.read import read_structures
+
+    options = {
+        "teacher": teacher,
+        "modality": modality,
+        "species": _symbols(species),
+        "to": to,
+        "sample__n": number,
+        "minutes": minutes,
+        "dtype": dtype,
+        "seed": seed,
+    }
+    _specialize(
+        read_structures(structures),
+        output or Path("compactmlip-specialized"),
+        options,
+        config,
+        settings,
+        as_json,
+    )
+
+
+@app.command()
+def quickstart(
+    structure: Annotated[
+        Path | None, typer.Argument(help="Structure file; rock-salt MgO if none is given.")
+    ] = None,
+    teacher: Annotated[str | None, typer.Option(help="Name or checkpoint file.")] = None,
+    minutes: Annotated[float | None, typer.Option(help="Time for everything.")] = None,
+    output: Output = None,
+    as_json: AsJSON = False,
+) -> None:
+    """The whole way with default options; try this first."""
+    from ase.build import bulk
+
+    from compactmlip.data.read import read_structures
+
+    atoms = read_structures([structure]) if structure else [bulk("MgO", "rocksalt", a=4.21, cubic=True)]
+    options = {"teacher": teacher, "minutes": minutes}
+    _specialize(atoms, output or Path("compactmlip-quickstart"), options, None, None, as_json)
+
+
+def _specialize(
+    structures: list[Any],
+    folder: Path,
+    options: dict[str, Any],
+    config: Path | None,
+    settings: list[str] | None,
+    as_json: bool,
+) -> None:
+    from compactmlip.config import resolve
+    from compactmlip.specialize import SpecializeOptions, specialize as run
+    from compactmlip.summary import print_summary
+
+    resolved = resolve(SpecializeOptions, config, settings or [], **options)
+    certificate = run(structures, resolved, folder, progress=not as_json)
+    if as_json:
+        print(certificate.model_dump_json())
+    else:
+        print_summary(certificate, folder)
+
+
+def _present(frames: list[Any]) -> tuple[str, ...]:
+    return tuple(sorted({s for a in frames for s in a.get_chemical_symbols()}))
+
+
+def _teacher_for(name: str, modality: str | None, frames: list[Any]) -> Any:
+    """Load a teacher and drop the species that the structures do not have."""
+    from compactmlip.compress.apply import keep_species
+    from compactmlip.families import load_model
+
+    return keep_species(load_model(name, modality=modality, dtype=None), _present(frames))
+
+
+if __name__ == "__main__":
+    main()

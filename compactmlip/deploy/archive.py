@@ -1,0 +1,239 @@
+"""The deployed file: a TorchScript archive that says what it is.
+
+The module maps ``(species, centers, neighbors, vectors)`` to the energy of each atom: species indices
+(N,) and edge ends (E,) as int64, edge vectors (E, 3) in Angstrom in the file's dtype, energies (N,) in
+eV as float64.  The entry ``compactmlip.json`` is the model's spec (species, cutoff, units, dtype,
+provenance) with one more key, ``deployed``: :class:`Deployment`.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from torch import Tensor
+
+from compactmlip.errors import CheckpointError, InputError
+from compactmlip.spec import ModelSpec
+
+ENTRY = "compactmlip.json"
+"""Name of the JSON text inside the archive."""
+
+DEPLOYED_VERSION = 1
+"""Version of the layout written by this release."""
+
+DTYPES = {"float32": torch.float32, "float64": torch.float64}
+
+NodeEnergy = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class SelfCheck(_Frozen):
+    """Largest deviations of the file from the float64 model, and what was allowed.
+
+    Each is relative to the largest value met (and to no less than 1 eV, 1 eV/Angstrom and
+    0.1 eV/Angstrom^3).
+    """
+
+    num_structures: int
+    energy_error: float
+    force_error: float
+    stress_error: float
+    energy_tolerance: float
+    force_tolerance: float
+    stress_tolerance: float
+
+
+class Deployment(_Frozen):
+    """What is known about a deployed file beyond the spec of its model."""
+
+    format_version: int = DEPLOYED_VERSION
+    compactmlip_version: str
+    torch_version: str
+    source_sha256: str | None = None
+    self_check: SelfCheck
+
+
+def to_json(spec: ModelSpec, deployment: Deployment) -> str:
+    """Return the text of the entry that a deployed file carries."""
+    return json.dumps({**spec.model_dump(mode="json"), "deployed": deployment.model_dump(mode="json")})
+
+
+def inspect(path: str | Path) -> tuple[ModelSpec, Deployment]:
+    """Read what a deployed file says about itself; nothing of its code is run.
+
+    Raises
+    ------
+    CheckpointError
+        If the file is missing, truncated, of another type, not made by compactmlip or of a newer version.
+    """
+    path = Path(path)
+    _check_type(path)
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = [n for n in archive.namelist() if n.endswith(f"/extra/{ENTRY}")]
+            text = archive.read(names[0]).decode() if names else None
+            is_torchscript = any(n.endswith("/constants.pkl") for n in archive.namelist())
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
+        raise CheckpointError(
+            f"{path}: truncated or damaged ({error}). Copy it again, or compile the model again."
+        ) from error
+    if text is None:
+        kind = "a TorchScript file" if is_torchscript else "an archive"
+        raise CheckpointError(
+            f"{path}: {kind}, but not made by 'compactmlip compile'. "
+            "Upstream checkpoints are imported with 'compactmlip convert' and then compiled."
+        )
+    return _parse(text, path)
+
+
+def load_deployed(
+    path: str | Path, device: torch.device | str = "cpu"
+) -> tuple[torch.jit.ScriptModule, ModelSpec]:
+    """Load a deployed file.
+
+    Returns
+    -------
+    module, spec
+        The TorchScript module in evaluation mode (call it through :func:`without_profiling`) and the
+        spec of the model.
+
+    Raises
+    ------
+    CheckpointError
+        As :func:`inspect`, and if this torch cannot read the module.
+    InputError
+        If the device does not exist.
+    """
+    path = Path(path)
+    spec, deployment = inspect(path)
+    _check_content(path)
+    return load_module(path, device, f"written with torch {deployment.torch_version}"), spec
+
+
+def load_module(
+    path: Path, device: torch.device | str = "cpu", origin: str = "of unknown origin"
+) -> torch.jit.ScriptModule:
+    """Load the TorchScript module of a file, whatever it says about itself.
+
+    Raises
+    ------
+    CheckpointError
+        If this torch cannot read it.
+    InputError
+        If the device does not exist.
+    """
+    target = usable_device(device)
+    try:
+        with quiet_torchscript():
+            module = torch.jit.load(str(path), map_location=target)
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise CheckpointError(
+            f"{path}: {origin}; torch {torch.__version__} cannot read it: {reason}. "
+            "Compile the model again with this torch."
+        ) from error
+    return module.eval()
+
+
+def without_profiling(module: torch.jit.ScriptModule) -> NodeEnergy:
+    """Return a function that runs the module without TorchScript's profiling executor.
+
+    That executor specialises the code to the shapes it meets and compiles again when they change.
+    The number of edges changes at almost every step of a simulation, so it costs seconds and gains
+    nothing; without it the result is also the same, bit for bit, at every call.
+    """
+
+    def node_energy(species: Tensor, centers: Tensor, neighbors: Tensor, vectors: Tensor) -> Tensor:
+        with torch.jit.optimized_execution(False):
+            energy: Tensor = module(species, centers, neighbors, vectors)
+        return energy
+
+    return node_energy
+
+
+def usable_device(device: torch.device | str) -> torch.device:
+    """Return the torch device of a name.
+
+    Raises
+    ------
+    InputError
+        If the name means nothing or this machine has no such device.
+    """
+    try:
+        target = torch.device(device)
+        torch.empty(0, device=target)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"device '{device}' cannot be used here: {reason}. Use 'cpu' or 'cuda'.") from error
+    return target
+
+
+@contextmanager
+def quiet_torchscript() -> Iterator[None]:
+    """Keep torch from warning its user that TorchScript, which a deployed file is, is deprecated."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"`torch\.jit\.\w+` is deprecated", DeprecationWarning)
+        yield
+
+
+def _check_type(path: Path) -> None:
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such file.")
+    try:
+        with path.open("rb") as file:
+            head = file.read(9)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror or error}).") from error
+    if head.startswith(b"PK"):
+        return
+    # A safetensors file starts with the length of its JSON header in 8 bytes.
+    if path.suffix == ".safetensors" or head[8:] == b"{":
+        raise CheckpointError(
+            f"{path}: a checkpoint, not a deployed file; compile it first: "
+            f"compactmlip compile {path} -o {path.with_suffix('.pt').name}"
+        )
+    raise CheckpointError(
+        f"{path}: not a deployed file. A deployed file is made by 'compactmlip compile'; "
+        "upstream checkpoints are imported with 'compactmlip convert' first."
+    )
+
+
+def _check_content(path: Path) -> None:
+    """Compare every entry with its checksum, which torch does not."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except (OSError, zipfile.BadZipFile, zlib.error) as error:
+        damaged = str(error)
+    if damaged is not None:
+        raise CheckpointError(f"{path}: damaged at {damaged}. Copy it again, or compile the model again.")
+
+
+def _parse(text: str, path: Path) -> tuple[ModelSpec, Deployment]:
+    try:
+        data = json.loads(text)
+        deployed = data.pop("deployed")
+        version = deployed["format_version"]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path}: its description is damaged ({error!r}).") from error
+    if not isinstance(version, int) or version > DEPLOYED_VERSION:
+        raise CheckpointError(
+            f"{path}: deployed format version {version}, but this compactmlip reads up to "
+            f"{DEPLOYED_VERSION}. Upgrade compactmlip."
+        )
+    spec = ModelSpec.from_json(json.dumps(data), str(path))
+    try:
+        return spec, Deployment.model_validate(deployed)
+    except ValidationError as error:
+        raise CheckpointError(f"{path}: its description is damaged: {error}") from error

@@ -1,0 +1,325 @@
+"""From a foundation model and the user's structures to a validated compact model, in one folder.
+
+Every step writes its result into the folder before the next begins, so that a run that was stopped
+continues where it was.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from ase import Atoms
+from pydantic import BaseModel, ConfigDict, Field
+from torch import nn
+
+from compactmlip import checkpoint
+from compactmlip.channels import format_channels
+from compactmlip.compress.apply import keep_species
+from compactmlip.compress.compress import compress
+from compactmlip.data.graph import build_graph
+from compactmlip.data.label import label
+from compactmlip.data.read import read_labelled, write_labelled
+from compactmlip.data.sample import SampleOptions, sample
+from compactmlip.data.select import split
+from compactmlip.deploy.compile import compile_model
+from compactmlip.errors import InputError
+from compactmlip.families import load_model
+from compactmlip.models import model_dtype, model_spec
+from compactmlip.spec import DTypeName
+from compactmlip.train.dataset import Dataset
+from compactmlip.train.distil import DistilOptions, distil
+from compactmlip.train.metrics import evaluate
+from compactmlip.validate.certificate import Certificate, Stage
+from compactmlip.validate.run import ValidateOptions, validate
+
+VALIDATION_SHARE = 0.2
+"""Share of the time budget that is kept for compiling and validating."""
+
+SHORTEST_TRAINING = 0.5
+"""Minutes of training that are done even when the budget is used up."""
+
+
+class SpecializeOptions(BaseModel):
+    """What to make and how long it may take; nested options belong to the single steps."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    teacher: str = Field("7net-l3i5", description="known name, or path of a checkpoint")
+    modality: str | None = Field(None, description="level of theory, for teachers that have several")
+    species: tuple[str, ...] | None = Field(None, description="species to keep; by default the structures'")
+    to: str = Field("64x0+32x1+16x2", description="channels per order to keep, for all layers or each")
+    radial_hidden: int | None = Field(None, ge=1, description="units to keep in the radial networks")
+    readout_hidden: int | None = Field(None, ge=1, description="units to keep in the readout")
+    compensate: bool = Field(True, description="refit linear maps in closed form after cutting")
+    minutes: float = Field(12.0, gt=0, description="time for everything; training gets what is left")
+    dtype: DTypeName = Field("float32", description="precision of the deployed file")
+    seed: int = Field(0, ge=0)
+    sample: SampleOptions = SampleOptions()
+    distil: DistilOptions = DistilOptions(max_epochs=None, max_minutes=5.0)
+    validation: ValidateOptions = ValidateOptions()
+
+
+class Folder:
+    """The output folder: which steps are done and how long they took."""
+
+    def __init__(self, path: Path, options: SpecializeOptions, structures: Sequence[Atoms]) -> None:
+        self.path = path
+        resolved = options.model_dump(mode="json")
+        identity = json.dumps([resolved, _digest(structures)], sort_keys=True)
+        self.identity = hashlib.sha256(identity.encode()).hexdigest()
+        self.record: dict[str, Any] = {"identity": self.identity, "seconds": {}, "results": {}}
+        path.mkdir(parents=True, exist_ok=True)
+        state = self / "state.json"
+        if state.is_file():
+            found = json.loads(state.read_text())
+            if found.get("identity") != self.identity:
+                raise InputError(
+                    f"{path} holds a run with other options or structures (see {path / 'config.yaml'}); "
+                    "give another folder with -o, or delete this one."
+                )
+            self.record = found
+        text = yaml.safe_dump(resolved, sort_keys=False)
+        checkpoint.atomic_write(self / "config.yaml", lambda p: _write_text(p, text))
+
+    def __truediv__(self, name: str) -> Path:
+        return self.path / name
+
+    @property
+    def seconds(self) -> float:
+        """Time spent so far, over all parts of the run."""
+        return float(sum(self.record["seconds"].values()))
+
+    def step(self, name: str, run: Callable[[], dict[str, Any] | None]) -> dict[str, Any]:
+        """Run a step unless it is done; time that an interrupted attempt took counts too."""
+        if name not in self.record["results"]:
+            begin = time.monotonic()
+            try:
+                self.record["results"][name] = run() or {}
+            finally:
+                spent = self.record["seconds"].get(name, 0.0) + time.monotonic() - begin
+                self.record["seconds"][name] = spent
+                text = json.dumps(self.record, indent=1)
+                checkpoint.atomic_write(self / "state.json", lambda p: _write_text(p, text))
+        result: dict[str, Any] = self.record["results"][name]
+        return result
+
+
+def specialize(
+    structures: Sequence[Atoms],
+    options: SpecializeOptions | None = None,
+    out_dir: str | Path = "compactmlip-specialized",
+    *,
+    progress: bool = True,
+) -> Certificate:
+    """Make a compact model for the user's structures and prove what it is worth.
+
+    Steps: import the teacher and keep only the species needed; sample structures; label them with
+    the teacher; prune with compensation; distil; compile; validate.  The folder then holds each
+    intermediate model and data set, ``model.pt``, ``certificate.json`` and ``report.html``.
+
+    Parameters
+    ----------
+    structures
+        The user's structures.
+    options
+        See :class:`SpecializeOptions`.
+    out_dir
+        Folder; an unfinished run with the same options is continued.
+    progress
+        Show progress bars.
+
+    Raises
+    ------
+    CompactMLIPError
+        If a structure, option or file cannot be used, or the folder holds another run.
+    """
+    options = options or SpecializeOptions()
+    if not structures:
+        raise InputError("no structure given.")
+    folder = Folder(Path(out_dir), options, structures)
+    run = _Run(folder, options, list(structures), progress)
+    for name in ("teacher", "sample", "label", "prune", "distil", "compile", "validate"):
+        folder.step(name, getattr(run, name))
+    return Certificate.load(folder / "certificate.json")
+
+
+class _Run:
+    """The steps; each reads the files of earlier steps and returns numbers to remember."""
+
+    def __init__(
+        self, folder: Folder, options: SpecializeOptions, structures: list[Atoms], progress: bool
+    ) -> None:
+        self.folder, self.options, self.structures, self.progress = folder, options, structures, progress
+
+    def teacher(self) -> dict[str, Any]:
+        """Import the teacher and remove the weights of absent species."""
+        full = load_model(self.options.teacher, modality=self.options.modality)
+        present = {s for atoms in self.structures for s in atoms.get_chemical_symbols()}
+        wanted = set(self.options.species or present)
+        if not present <= wanted:
+            raise InputError(
+                f"the structures hold {', '.join(sorted(present - wanted))}, which are not among the species "
+                f"to keep ({', '.join(sorted(wanted))})."
+            )
+        model = keep_species(full, wanted)
+        checkpoint.save(model, self.folder / "teacher.safetensors")
+        return {"full_parameters": _parameters(full), "parameters": _parameters(model)}
+
+    def sample(self) -> dict[str, Any]:
+        """Structures around the user's."""
+        frames = sample(
+            self.structures, self._load("teacher"), self._seeded(self.options.sample), self.progress
+        )
+        write_labelled(self.folder / "samples.xyz", frames)
+        return {"frames": len(frames), "atoms": sum(len(a) for a in frames)}
+
+    def label(self) -> dict[str, Any]:
+        """Teacher energies, forces and stresses; split into training, validation and test."""
+        from compactmlip.data.read import read_structures
+
+        frames = read_structures([self.folder / "samples.xyz"])
+        labelled = label(frames, self._load("teacher"), self.folder / "labelled.xyz", progress=self.progress)
+        parts = dict(zip(("train", "valid", "test"), split(labelled, seed=self.options.seed), strict=True))
+        for name, part in parts.items():
+            write_labelled(self.folder / f"{name}.xyz", part)
+        forces = np.concatenate([np.linalg.norm(a.arrays["REF_forces"], axis=1) for a in parts["test"]])
+        return {"mean_force_eV_per_A": float(forces.mean()), **{k: len(v) for k, v in parts.items()}}
+
+    def prune(self) -> dict[str, Any]:
+        """Cut, refit, and measure both on the test set."""
+        teacher = self._load("teacher")
+        frames = self._frames("train")
+        graphs = [build_graph(a, model_spec(teacher), model_dtype(teacher)) for a in frames]
+        result = compress(
+            teacher,
+            graphs,
+            self.options.to,
+            radial_hidden=self.options.radial_hidden,
+            readout_hidden=self.options.readout_hidden,
+            with_compensation=self.options.compensate,
+            seed=self.options.seed,
+            progress=self.progress,
+        )
+        checkpoint.save(result.sliced, self.folder / "pruned.safetensors")
+        checkpoint.save(result.model, self.folder / "compensated.safetensors")
+        return {"parameters": _parameters(result.model)}
+
+    def distil(self) -> dict[str, Any]:
+        """Train for the time that is left."""
+        # A continued run keeps its first budget: the folder of the training knows what is used.
+        plan = self.folder / "distil" / "minutes.json"
+        if not plan.is_file():
+            left = self.options.minutes * (1 - VALIDATION_SHARE) - self.folder.seconds / 60
+            plan.parent.mkdir(exist_ok=True)
+            plan.write_text(json.dumps(max(left, SHORTEST_TRAINING)))
+        minutes = float(json.loads(plan.read_text()))
+        options = self.options.distil.model_copy(update={"max_minutes": minutes, "seed": self.options.seed})
+        result = distil(
+            self._load("compensated"),
+            self._frames("train"),
+            self._frames("valid"),
+            options,
+            self.folder / "distil",
+            self.progress,
+        )
+        checkpoint.save(result.model, self.folder / "distilled.safetensors")
+        return {
+            "epochs": result.history[-1].get("epoch"),
+            "minutes": minutes,
+            "stopped": result.stopped_because,
+        }
+
+    def compile(self) -> dict[str, Any]:
+        """Write the deployed file."""
+        path = self.folder / "model.pt"
+        compile_model(
+            self.folder / "distilled.safetensors",
+            path,
+            dtype=self.options.dtype,
+            check_structures=self._frames("test")[:4],
+        )
+        return {"bytes": path.stat().st_size}
+
+    def validate(self) -> dict[str, Any]:
+        """Certificate and report."""
+        certificate = validate(
+            self.folder / "model.pt",
+            self.folder / "teacher.safetensors",
+            self._frames("test"),
+            self._seeded(self.options.validation),
+            self.folder.path,
+            self._stages(),
+            progress=self.progress,
+        )
+        return {"verdict": certificate.verdict}
+
+    def _stages(self) -> list[Stage]:
+        """One row per model on the way."""
+        results = self.folder.record["results"]
+        rows = [
+            Stage(
+                name=f"{self.options.teacher}, all species", parameters=results["teacher"]["full_parameters"]
+            ),
+            Stage(
+                name="teacher, species needed",
+                parameters=results["teacher"]["parameters"],
+                file_bytes=(self.folder / "teacher.safetensors").stat().st_size,
+                energy_mae=0.0,
+                forces_mae=0.0,
+                stress_mae=0.0,
+                note="reference",
+            ),
+        ]
+        titles = {"pruned": "pruned", "compensated": "pruned, compensated", "distilled": "distilled"}
+        for name, title in titles.items():
+            rows.append(self._stage(name, title))
+        return rows
+
+    def _stage(self, name: str, title: str) -> Stage:
+        path = self.folder / f"{name}.safetensors"
+        model = checkpoint.load(path)
+        spec = model_spec(model)
+        errors = evaluate(
+            model, Dataset.from_frames(self._frames("test"), spec, model_dtype(model), "test set")
+        )
+        stress = errors.stress.mae
+        return Stage(
+            name=title,
+            parameters=_parameters(model),
+            file_bytes=path.stat().st_size,
+            energy_mae=errors.energy.mae,
+            forces_mae=errors.forces.mae,
+            stress_mae=None if stress != stress else stress,
+            note=format_channels(spec.architecture["layers"][0]["out"]),
+        )
+
+    def _load(self, name: str) -> nn.Module:
+        return checkpoint.load(self.folder / f"{name}.safetensors")
+
+    def _frames(self, name: str) -> list[Atoms]:
+        return read_labelled(self.folder / f"{name}.xyz")
+
+    def _seeded(self, options: Any) -> Any:
+        return options.model_copy(update={"seed": self.options.seed})
+
+
+def _parameters(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text)
+
+
+def _digest(structures: Sequence[Atoms]) -> str:
+    digest = hashlib.sha256()
+    for atoms in structures:
+        for array in (atoms.numbers, atoms.positions, atoms.cell.array, atoms.pbc):
+            digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()

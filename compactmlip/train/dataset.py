@@ -1,0 +1,189 @@
+"""Labelled structures as graphs in memory, and batches of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+import numpy as np
+import torch
+from ase import Atoms
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
+
+from compactmlip.data.graph import GraphBatch, build_graph, collate
+from compactmlip.data.read import ENERGY, FORCES, STRESS
+from compactmlip.errors import InputError
+from compactmlip.spec import ModelSpec
+
+VOIGT = ((0, 1, 2, 1, 0, 0), (0, 1, 2, 2, 2, 1))
+"""Rows and columns of the components xx yy zz yz xz xy."""
+
+
+@dataclass(frozen=True)
+class LabelledBatch:
+    """One or several structures with their labels.
+
+    Attributes
+    ----------
+    graph
+        The structures.  The volume of a structure without stress label is one instead of NaN, so
+        that its unused stress has a finite gradient.
+    energies
+        (S,) eV, float64.
+    forces
+        (N, 3) eV/Angstrom.
+    stresses
+        (L, 6) eV/Angstrom^3 of the L structures that have a stress label, Voigt order.
+    with_stress
+        (L,) indices of these structures.
+    """
+
+    graph: GraphBatch
+    energies: Tensor
+    forces: Tensor
+    stresses: Tensor
+    with_stress: Tensor
+
+    def to(self, device: torch.device) -> LabelledBatch:
+        """Return a copy on a device."""
+        return LabelledBatch(
+            self.graph.to(device),
+            self.energies.to(device),
+            self.forces.to(device),
+            self.stresses.to(device),
+            self.with_stress.to(device),
+        )
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Labelled structures in memory, one :class:`LabelledBatch` each.
+
+    Attributes
+    ----------
+    structures
+        One entry per frame.
+    species
+        Chemical symbols that the species indices mean.
+    """
+
+    structures: tuple[LabelledBatch, ...]
+    species: tuple[str, ...]
+
+    @classmethod
+    def from_frames(
+        cls,
+        frames: Sequence[Atoms],
+        spec: ModelSpec,
+        dtype: torch.dtype = torch.float32,
+        name: str = "the training set",
+    ) -> Dataset:
+        """Build the graphs of labelled frames.
+
+        Energies (``info["REF_energy"]``, eV) and forces (``arrays["REF_forces"]``, eV/Angstrom) are
+        needed; stresses (``info["REF_stress"]``, eV/Angstrom^3, Voigt or 3 x 3) are used where they
+        exist and the frame has a periodic cell.
+
+        Raises
+        ------
+        InputError
+            If there is no frame, a label is missing, not finite or of the wrong shape, or a structure
+            is unusable.
+        """
+        if not frames:
+            raise InputError(f"{name} has no frames.")
+        structures = []
+        for k, atoms in enumerate(frames):
+            where = f"frame {k} of {name} ({atoms.get_chemical_formula()})"
+            try:
+                graph = build_graph(atoms, spec, dtype)
+            except InputError as error:
+                raise type(error)(f"{where}: {error}") from error
+            structures.append(_labelled(atoms, graph, dtype, where))
+        return cls(tuple(structures), spec.species)
+
+    @property
+    def num_atoms(self) -> int:
+        """Atoms of all structures."""
+        return sum(len(s.forces) for s in self.structures)
+
+    @property
+    def num_edges(self) -> int:
+        """Edges of all structures."""
+        return sum(len(s.graph.centers) for s in self.structures)
+
+    def batches(
+        self, max_atoms: int, max_edges: int, seed: Sequence[int] | None = None
+    ) -> list[NDArray[np.int64]]:
+        """Group the structures into batches of bounded size; each has at least one structure.
+
+        Parameters
+        ----------
+        max_atoms, max_edges
+            A batch has no more, unless a single structure has.
+        seed
+            Shuffle the structures with this seed; None keeps their order.
+        """
+        count = len(self.structures)
+        order = np.arange(count) if seed is None else np.random.default_rng(seed).permutation(count)
+        starts, atoms, edges = [0], 0, 0
+        for position, k in enumerate(order):
+            graph = self.structures[k].graph
+            atoms, edges = atoms + len(graph.species), edges + len(graph.centers)
+            if position > starts[-1] and (atoms > max_atoms or edges > max_edges):
+                starts.append(position)
+                atoms, edges = len(graph.species), len(graph.centers)
+        return [order[a:b] for a, b in pairwise([*starts, count])]
+
+    def batch(self, indices: Sequence[int] | NDArray[np.int64]) -> LabelledBatch:
+        """Join some structures."""
+        parts = [self.structures[k] for k in indices]
+        return LabelledBatch(
+            collate([p.graph for p in parts]),
+            torch.cat([p.energies for p in parts]),
+            torch.cat([p.forces for p in parts]),
+            torch.cat([p.stresses for p in parts]),
+            torch.cat([p.with_stress + k for k, p in enumerate(parts)]),
+        )
+
+
+def _labelled(atoms: Atoms, graph: GraphBatch, dtype: torch.dtype, where: str) -> LabelledBatch:
+    """Attach the labels of one frame to its graph."""
+    for key, holder in ((ENERGY, atoms.info), (FORCES, atoms.arrays)):
+        if holder.get(key) is None:
+            raise InputError(
+                f"{where} has no {key}. Label the frames with the teacher ('compactmlip label'), or "
+                "rename the labels of your own data."
+            )
+    energy = _numbers(atoms.info[ENERGY], (), f"{where}: {ENERGY}")
+    forces = _numbers(atoms.arrays[FORCES], (len(atoms), 3), f"{where}: {FORCES}")
+    stress = atoms.info.get(STRESS)
+    if stress is None or bool(graph.volumes.isnan().any()):
+        graph = replace(graph, volumes=torch.ones_like(graph.volumes))
+        voigt = np.zeros((0, 6))
+    else:
+        if np.shape(stress) == (6,):
+            voigt = _numbers(stress, (6,), f"{where}: {STRESS}")[None]
+        else:
+            voigt = _numbers(stress, (3, 3), f"{where}: {STRESS}")[VOIGT][None]
+    return LabelledBatch(
+        graph,
+        torch.tensor([float(energy)], dtype=torch.float64),
+        torch.as_tensor(forces, dtype=dtype),
+        torch.as_tensor(voigt, dtype=dtype),
+        torch.zeros(len(voigt), dtype=torch.long),
+    )
+
+
+def _numbers(value: ArrayLike, shape: tuple[int, ...], what: str) -> NDArray[np.float64]:
+    try:
+        array = np.asarray(value, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{what} is not numeric ({error}).") from error
+    if array.shape != shape:
+        raise InputError(f"{what} has shape {array.shape}, expected {shape}.")
+    if not np.isfinite(array).all():
+        raise InputError(f"{what} holds values that are not finite; remove the frame or label it again.")
+    return array

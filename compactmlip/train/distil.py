@@ -1,0 +1,137 @@
+"""Distillation: train a pruned model on its teacher's energies, forces and stresses."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from ase import Atoms
+from torch import nn
+
+from compactmlip import checkpoint
+from compactmlip.models import cast
+from compactmlip.spec import ModelSpec
+from compactmlip.train.dataset import Dataset
+from compactmlip.train.loop import fit
+from compactmlip.train.metrics import Errors, evaluate
+from compactmlip.train.options import TrainOptions
+from compactmlip.train.state import RunFolder, TrainingState, fingerprint
+
+BEST_FILE = "best.safetensors"
+
+
+class DistilOptions(TrainOptions):
+    """How to train a student on its teacher's labels."""
+
+
+@dataclass(frozen=True)
+class DistilResult:
+    """A trained student.
+
+    Attributes
+    ----------
+    model
+        Averaged weights at the lowest validation loss (the student itself if nothing was better).
+    history
+        One row per validation, as in ``history.csv``; row 0 is the student before training.
+    best_epoch
+        Epoch of ``model``.
+    stopped_because
+        Why the training ended.
+    errors
+        Of ``model`` on the validation frames.
+    """
+
+    model: nn.Module
+    history: list[dict[str, float]]
+    best_epoch: int
+    stopped_because: str
+    errors: Errors
+
+
+def distil(
+    student: nn.Module,
+    train_frames: Sequence[Atoms],
+    valid_frames: Sequence[Atoms],
+    options: DistilOptions,
+    out_dir: str | Path,
+    progress: bool = True,
+    *,
+    clock: Callable[[], float] = time.monotonic,
+) -> DistilResult:
+    """Train a copy of ``student`` on frames labelled by the teacher.
+
+    Writes into ``out_dir``: ``history.csv``, the resume file and, at the end, ``best.safetensors``.
+    Called again with the same arguments after an interruption, it continues; after the end it
+    returns the result at once.
+
+    Parameters
+    ----------
+    student
+        A native model; it is not changed.
+    train_frames, valid_frames
+        Structures with ``REF_energy`` (eV), ``REF_forces`` (eV/Angstrom) and, where they are periodic,
+        ``REF_stress`` (eV/Angstrom^3).  The validation frames choose the best epoch.
+    options
+        How to train.
+    out_dir
+        Folder of this run.
+    progress
+        Show a progress bar.
+    clock
+        Seconds, for the wall-clock budget.
+
+    Raises
+    ------
+    InputError
+        If frames lack labels or hold species that the student does not cover, or the folder holds
+        another run.
+    CompactMLIPError
+        If the loss stays infinite or NaN.
+    KeyboardInterrupt
+        After the state has been saved.
+    """
+    dtype = checkpoint.DTYPES[options.dtype]
+    model = cast(copy.deepcopy(student), dtype).requires_grad_(True)
+    spec = model.spec
+    assert isinstance(spec, ModelSpec)
+    train = Dataset.from_frames(train_frames, spec, dtype, "the training set")
+    valid = Dataset.from_frames(valid_frames, spec, dtype, "the validation set")
+    folder = RunFolder(out_dir, fingerprint(model, (train, valid), options, "distil"))
+    state = TrainingState(model, options)
+    saved = folder.load()
+    if saved is not None:
+        state.restore(saved)
+    fit(state, train, valid, options, folder, title="distil", progress=progress, clock=clock)
+    return _finish(state, train, valid, options, folder)
+
+
+def _finish(
+    state: TrainingState, train: Dataset, valid: Dataset, options: DistilOptions, folder: RunFolder
+) -> DistilResult:
+    """Save the best weights, with what was done to them."""
+    counters = state.counters
+    assert counters.stopped is not None
+    best = copy.deepcopy(state.average.model)
+    with torch.no_grad():
+        for name, parameter in best.named_parameters():
+            parameter.copy_(state.best[name])
+    best.requires_grad_(True)
+    errors = evaluate(best, valid)
+    spec = best.spec
+    assert isinstance(spec, ModelSpec)
+    done = {
+        "train_frames": len(train.structures),
+        "valid_frames": len(valid.structures),
+        "best_epoch": counters.best_epoch,
+        "stopped_because": counters.stopped,
+        "valid_errors": errors.row(),
+    }
+    steps = spec.provenance.then("distil", **options.model_dump(mode="json"), **done)
+    best.spec = spec.model_copy(update={"provenance": steps})
+    checkpoint.save(best, folder.path / BEST_FILE)
+    return DistilResult(best, counters.history, counters.best_epoch, counters.stopped, errors)

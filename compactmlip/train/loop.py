@@ -1,0 +1,247 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from torch.nn.utils import clip_grad_norm_
+
+from compactmlip.errors import CompactMLIPError
+from compactmlip.progress import Track
+from compactmlip.train.dataset import Dataset, LabelledBatch
+from compactmlip.train.loss import loss_terms, residuals
+from compactmlip.train.metrics import dataset_residuals, summarise
+from compactmlip.train.options import TrainOptions
+from compactmlip.train.state import RunFolder, TrainingState
+
+CHECK_EVERY = 16
+"""Steps between looks at the loss: each look waits for the device."""
+
+TRAINING_COST, VALIDATION_SHARE = 5.0, 0.1
+"""Cost of a training step over an evaluation; share of the time that validations may take."""
+
+
+def learning_rate(fraction: float, options: TrainOptions) -> float:
+    """Learning rate when ``fraction`` (0 to 1) of the budget is used: linear warm-up, then cosine."""
+    if fraction < options.warmup:
+        return options.lr * max(fraction / options.warmup, options.final_lr)
+    phase = min((fraction - options.warmup) / (1 - options.warmup), 1.0)
+    return options.lr * (options.final_lr + (1 - options.final_lr) * 0.5 * (1 + math.cos(math.pi * phase)))
+
+
+def fit(
+    state: TrainingState,
+    train: Dataset,
+    valid: Dataset,
+    options: TrainOptions,
+    folder: RunFolder,
+    *,
+    title: str = "train",
+    progress: bool = True,
+    clock: Callable[[], float] = time.monotonic,
+) -> None:
+    """Train until the budget is used or the validation loss stops improving.
+
+    ``state`` is changed in place and saved in ``folder``; ``state.counters.stopped`` says why the
+    training ended, and a state that has ended is left alone.  Each epoch is one pass over shuffled
+    batches, followed by a validation of the averaged weights.  When the loss is no longer finite, the
+    training goes back to the last validation with half the learning rate.
+
+    Raises
+    ------
+    CompactMLIPError
+        If the loss is not finite at the start, or again after ``options.retries`` such attempts.
+    KeyboardInterrupt
+        After the state has been saved.
+    """
+    if state.counters.stopped is not None:
+        return
+    run = _Run(state, train, valid, options, folder, clock)
+    begin = run.used()
+    with Track(title, 100 * (1 - begin), "%", enabled=progress) as track:
+        run.report = lambda note: track.advance(100 * (run.used() - begin) - track.done, note)
+        try:
+            if not state.counters.history and not run.validate(run.new_meter()):
+                raise CompactMLIPError("the model to train gives energies or forces that are not finite.")
+            while state.counters.stopped is None:
+                if run.epoch():
+                    state.counters.stopped = run.reason_to_stop()
+                else:
+                    run.go_back()
+        except KeyboardInterrupt:
+            run.save_interrupted()
+            raise
+    run.save()
+
+
+@dataclass
+class _Meter:
+    """Speed of the training since the last validation."""
+
+    began: float
+    atoms: int = 0
+
+    def rate(self, now: float) -> float:
+        """Atoms per second."""
+        return self.atoms / max(now - self.began, 1e-9)
+
+
+class _Run:
+    """What one call of :func:`fit` shares between its steps."""
+
+    def __init__(
+        self,
+        state: TrainingState,
+        train: Dataset,
+        valid: Dataset,
+        options: TrainOptions,
+        folder: RunFolder,
+        clock: Callable[[], float],
+    ) -> None:
+        self.state, self.train, self.valid = state, train, valid
+        self.options, self.folder, self.clock = options, folder, clock
+        self.report: Callable[[str], None] = lambda note: None
+        self.device = next(state.model.parameters()).device
+        self.start = clock() - state.counters.elapsed
+        self.last_save = clock()
+        self.updating, self.errors = False, ""
+        self.good = state.snapshot()
+        self.plan = self.shuffled()
+        share = valid.num_edges / max(TRAINING_COST * train.num_edges, 1)
+        self.validate_every = max(1, math.ceil(share / VALIDATION_SHARE))
+
+    def shuffled(self) -> list[NDArray[np.int64]]:
+        """Batches of the present epoch."""
+        options = self.options
+        seed = (options.seed, self.state.counters.epoch)
+        return self.train.batches(options.batch_atoms, options.batch_edges, seed)
+
+    def new_meter(self) -> _Meter:
+        """Start to measure the speed."""
+        return _Meter(self.clock())
+
+    def used(self) -> float:
+        """Fraction of the budget that is used, 0 to 1."""
+        now, options = self.state.counters, self.options
+        epochs = (now.epoch + now.batch / len(self.plan)) / (options.max_epochs or math.inf)
+        minutes = (self.clock() - self.start) / 60 / (options.max_minutes or math.inf)
+        return min(max(epochs, minutes), 1.0)
+
+    def epoch(self) -> bool:
+        """Train to the end of the present epoch or of the budget; false if the loss diverged."""
+        now = self.state.counters
+        self.plan, meter = self.shuffled(), self.new_meter()
+        while now.batch < len(self.plan) and self.used() < 1:
+            batch = self.train.batch(self.plan[now.batch]).to(self.device)
+            self.step(batch, learning_rate(self.used(), self.options) * now.lr_factor)
+            meter.atoms += len(batch.forces)
+            if now.batch % CHECK_EVERY == 0 and not self.look(meter):
+                return False
+        if not self.look(meter):
+            return False
+        if self.used() >= 1 or (now.epoch + 1) % self.validate_every == 0:
+            return self.validate(meter)
+        self.next_epoch()
+        return True
+
+    def next_epoch(self) -> None:
+        """Count an epoch."""
+        now = self.state.counters
+        self.updating = True
+        now.epoch, now.batch = now.epoch + 1, 0
+        self.updating = False
+
+    def step(self, batch: LabelledBatch, lr: float) -> None:
+        """Take one step of the optimiser."""
+        state = self.state
+        terms = loss_terms(residuals(state.model, batch, create_graph=True), self.options)
+        state.optimizer.zero_grad(set_to_none=True)
+        terms.total.backward()
+        norm = clip_grad_norm_(state.model.parameters(), self.options.clip, foreach=True)
+        for group in state.optimizer.param_groups:
+            group["lr"] = lr
+        self.updating = True
+        state.optimizer.step()
+        state.average.update(state.model)
+        state.add(terms, norm, lr)
+        self.updating = False
+
+    def look(self, meter: _Meter) -> bool:
+        """Show the progress, save when it is time; false if the loss is not finite."""
+        if not bool(self.state.sums.isfinite().all()):
+            return False
+        now = self.state.counters
+        loss, rate = sum(self.state.means()[:3]), meter.rate(self.clock())
+        last = f", valid. {now.history[-1]['valid_loss']:.3g}" if now.history else ""
+        self.report(f"epoch {now.epoch + 1}, loss {loss:.3g}{last}, {rate:.0f} atoms/s {self.errors}")
+        if self.clock() - self.last_save >= 60 * self.options.checkpoint_minutes:
+            self.save()
+        return True
+
+    def validate(self, meter: _Meter) -> bool:
+        """Validate the averaged weights, which ends the epoch; false if they diverged."""
+        state, now = self.state, self.state.counters
+        rate = meter.rate(self.clock())
+        found = dataset_residuals(state.average.model, self.valid)
+        terms = loss_terms(found, self.options).stacked().tolist()
+        if not math.isfinite(sum(terms)):
+            return False
+        errors = summarise(found, self.valid)
+        energy, forces, stress, norm = state.means()
+        self.updating = True
+        if now.history:
+            now.epoch, now.batch = now.epoch + 1, 0
+        now.elapsed = self.clock() - self.start
+        row = {"epoch": now.epoch, "steps": now.steps, "minutes": round(now.elapsed / 60, 4)}
+        row |= {"lr": now.lr, "atoms_per_s": round(rate, 2)}
+        row |= {"loss": energy + forces + stress, "gradient_norm": norm, "valid_loss": sum(terms)}
+        row |= dict(zip(("valid_energy", "valid_forces", "valid_stress"), terms, strict=True))
+        now.history.append(row | errors.row())
+        if now.best_loss is None or sum(terms) < now.best_loss:
+            state.keep_best(sum(terms))
+        state.forget_means()
+        self.good = state.snapshot()
+        self.updating = False
+        self.errors = str(errors)
+        self.folder.write_history(now.history)
+        return True
+
+    def reason_to_stop(self) -> str | None:
+        """Why the training ends here, if it does."""
+        now, options = self.state.counters, self.options
+        if options.max_epochs is not None and now.epoch >= options.max_epochs:
+            return f"all {options.max_epochs} epochs done"
+        if self.used() >= 1:
+            return f"the {options.max_minutes:g} minutes are used"
+        if options.patience is not None and now.epoch - now.best_epoch >= options.patience:
+            return f"no better validation loss for {options.patience} epochs"
+        return None
+
+    def go_back(self) -> None:
+        """Return to the last validation with half the learning rate."""
+        retries, factor = self.state.counters.retries + 1, self.state.counters.lr_factor / 2
+        if retries > self.options.retries:
+            raise CompactMLIPError(
+                f"the loss became infinite or NaN in epoch {self.state.counters.epoch + 1}, again after "
+                f"{self.options.retries} restarts with half the learning rate. Use a smaller lr or clip, "
+                "and look for frames with extreme forces."
+            )
+        self.state.restore(self.good)
+        self.state.counters.retries, self.state.counters.lr_factor = retries, factor
+
+    def save(self) -> None:
+        """Write the resume file and the history."""
+        self.state.counters.elapsed = self.clock() - self.start
+        self.folder.save(self.state.snapshot())
+        self.last_save = self.clock()
+
+    def save_interrupted(self) -> None:
+        """Save after an interruption; one amid an update would leave half-updated weights."""
+        if self.updating:
+            self.state.restore(self.good)
+        self.save()

@@ -1,0 +1,111 @@
+"""Errors of a model on labelled structures, in the field's units."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from compactmlip.train.dataset import Dataset
+from compactmlip.train.loss import Residuals, residuals
+
+EVALUATION_ATOMS, EVALUATION_EDGES = 256, 8192
+"""Batch size of evaluations; small enough for the cache and the memory of a laptop."""
+
+
+@dataclass(frozen=True)
+class Error:
+    """Mean absolute, root mean square and largest absolute error; NaN where there was no label."""
+
+    mae: float
+    rmse: float
+    max: float
+
+    @classmethod
+    def of(cls, x: Tensor, unit: float = 1e-3) -> Error:
+        """Statistics of the entries of ``x``, in ``unit`` (of x's own)."""
+        if x.numel() == 0:
+            return cls(float("nan"), float("nan"), float("nan"))
+        x = x.double().abs() / unit
+        return cls(float(x.mean()), float(x.square().mean().sqrt()), float(x.max()))
+
+
+@dataclass(frozen=True)
+class Errors:
+    """Errors on a set of structures.
+
+    Attributes
+    ----------
+    energy
+        meV/atom.
+    forces
+        meV/Angstrom, over components.
+    stress
+        meV/Angstrom^3, over the six components.
+    forces_by_species
+        meV/Angstrom, by chemical symbol.
+    """
+
+    energy: Error
+    forces: Error
+    stress: Error
+    forces_by_species: dict[str, Error] = field(default_factory=dict)
+
+    def row(self) -> dict[str, float]:
+        """Return MAE and RMSE as columns of a table."""
+        return {
+            "energy_mae_meV_per_atom": self.energy.mae,
+            "energy_rmse_meV_per_atom": self.energy.rmse,
+            "forces_mae_meV_per_A": self.forces.mae,
+            "forces_rmse_meV_per_A": self.forces.rmse,
+            "stress_mae_meV_per_A3": self.stress.mae,
+            "stress_rmse_meV_per_A3": self.stress.rmse,
+        }
+
+    def __str__(self) -> str:
+        text = f"E {self.energy.mae:.3g} meV/atom, F {self.forces.mae:.3g} meV/A"
+        return text if self.stress.mae != self.stress.mae else f"{text}, S {self.stress.mae:.3g} meV/A^3"
+
+
+def dataset_residuals(
+    model: nn.Module,
+    dataset: Dataset,
+    *,
+    max_atoms: int = EVALUATION_ATOMS,
+    max_edges: int = EVALUATION_EDGES,
+    on_batch: Callable[[int], None] | None = None,
+) -> Residuals:
+    """Model minus label on all structures, in their order.
+
+    ``on_batch`` is called with the number of atoms of each finished batch.
+    """
+    device = next(model.parameters()).device
+    parts: list[Residuals] = []
+    for indices in dataset.batches(max_atoms, max_edges):
+        found = residuals(model, dataset.batch(indices).to(device))
+        parts.append(found)
+        if on_batch is not None:
+            on_batch(len(found.forces))
+    return Residuals(
+        torch.cat([p.energies for p in parts]).cpu(),
+        torch.cat([p.forces for p in parts]).cpu(),
+        torch.cat([p.stresses for p in parts]).cpu(),
+    )
+
+
+def summarise(found: Residuals, dataset: Dataset) -> Errors:
+    """Statistics of the residuals of all structures of a data set."""
+    species = torch.cat([s.graph.species for s in dataset.structures])
+    by_species = {
+        symbol: Error.of(found.forces[species == k])
+        for k, symbol in enumerate(dataset.species)
+        if bool((species == k).any())
+    }
+    return Errors(Error.of(found.energies), Error.of(found.forces), Error.of(found.stresses), by_species)
+
+
+def evaluate(model: nn.Module, dataset: Dataset) -> Errors:
+    """Errors of energies per atom, forces and stresses on labelled structures."""
+    return summarise(dataset_residuals(model, dataset), dataset)

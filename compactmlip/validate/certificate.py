@@ -1,0 +1,160 @@
+"""The certificate: every number of a validation, the limits it was held against, and the verdicts."""
+
+from __future__ import annotations
+
+import platform
+from datetime import datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from compactmlip.checkpoint import atomic_write, sha256
+from compactmlip.errors import CheckpointError
+from compactmlip.spec import ModelSpec
+from compactmlip.validate.checks import Check, Verdict
+from compactmlip.validate.consistency import Consistency
+from compactmlip.validate.nve import NVESummary
+from compactmlip.validate.parity import ParityReport
+from compactmlip.validate.speed import Machine, Speed
+
+SCHEMA_VERSION: Literal[1] = 1
+"""Version of the JSON layout written by this release."""
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
+
+
+class ModelFile(_Frozen):
+    """Identity of a model file."""
+
+    file: str
+    sha256: str
+    bytes: int
+    family: str
+    species: tuple[str, ...]
+    parameters: int
+    dtype: str
+    cutoff: float = Field(description="Angstrom")
+    num_message_passing_layers: int
+    name: str
+    source: str
+    licence: str
+    citation: str
+
+
+class Stage(_Frozen):
+    """One step on the way from the teacher to the deployed file, as a row of the report.
+
+    Errors are mean absolute errors in meV/atom, meV/Angstrom and meV/Angstrom^3; what is not known is
+    None.
+    """
+
+    name: str
+    parameters: int | None = None
+    file_bytes: int | None = None
+    energy_mae: float | None = None
+    forces_mae: float | None = None
+    stress_mae: float | None = None
+    note: str = ""
+
+
+class Heldout(_Frozen):
+    """The structures that the errors were measured on, and where the reference comes from."""
+
+    origin: Literal["given", "sampled"]
+    reference: Literal["labels", "teacher"]
+    seed: int | None = None
+    species_not_seen: tuple[str, ...] = ()
+
+
+class Certificate(_Frozen):
+    """Everything that was measured, with the identity of both files and the verdicts."""
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    created_utc: datetime
+    verdict: Verdict
+    checks: tuple[Check, ...]
+    model: ModelFile
+    teacher: ModelFile
+    heldout: Heldout
+    parity: ParityReport
+    teacher_parity: ParityReport | None = None
+    consistency: Consistency
+    nve: NVESummary
+    teacher_nve: NVESummary | None = None
+    speed: tuple[Speed, ...] = ()
+    stages: tuple[Stage, ...] = ()
+    machine: Machine
+    software: dict[str, str]
+    options: dict[str, object]
+
+    def save(self, path: str | Path) -> Path:
+        """Write as JSON, completely or not at all."""
+        text = self.model_dump_json(indent=2) + "\n"
+
+        def write(temporary: Path) -> None:
+            temporary.write_text(text, encoding="utf-8")
+
+        atomic_write(Path(path), write)
+        return Path(path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Certificate:
+        """Read a certificate.
+
+        Raises
+        ------
+        CheckpointError
+            If the file is missing or not a certificate of this version.
+        """
+        try:
+            return cls.model_validate_json(Path(path).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, ValidationError) as error:
+            raise CheckpointError(
+                f"{path}: not a compactmlip certificate of version {SCHEMA_VERSION}: {error}"
+            ) from error
+
+
+def describe_model(path: Path, spec: ModelSpec) -> ModelFile:
+    """Identity of a model file from its bytes and its spec."""
+    return ModelFile(
+        file=path.name,
+        sha256=sha256(path),
+        bytes=path.stat().st_size,
+        family=spec.family,
+        species=spec.species,
+        parameters=count_parameters(spec),
+        dtype=spec.dtype,
+        cutoff=spec.cutoff,
+        num_message_passing_layers=spec.num_message_passing_layers,
+        name=spec.provenance.name,
+        source=spec.provenance.source,
+        licence=spec.provenance.licence,
+        citation=spec.provenance.citation,
+    )
+
+
+def count_parameters(spec: ModelSpec) -> int:
+    """Number of trainable parameters of the model that a spec describes."""
+    import torch
+
+    from compactmlip.models import build
+
+    with torch.random.fork_rng(devices=[]):
+        return sum(p.numel() for p in build(spec).parameters())
+
+
+def software_versions() -> dict[str, str]:
+    """Versions of what the numbers depend on."""
+    import compactmlip
+
+    versions = {"compactmlip": compactmlip.__version__, "python": platform.python_version()}
+    for name in ("torch", "ase", "numpy"):
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = "not installed"
+    return versions

@@ -1,0 +1,188 @@
+"""Limits, and the verdicts that follow from them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from compactmlip.validate.consistency import Consistency
+from compactmlip.validate.nve import NVESummary
+from compactmlip.validate.parity import ParityReport
+
+Verdict = Literal["pass", "warn", "fail"]
+
+ROUNDING = {"float32": 1e-4, "float64": 1e-9}
+"""Tolerated symmetry error of the forces, relative to the larger of the largest force and 1 eV/Angstrom:
+about a thousand times the precision of the type in float32; more means a bug and not rounding."""
+
+DERIVATIVE = {"float32": 2e-3, "float64": 1e-4}
+"""Tolerated error of the forces as derivatives, relative as ROUNDING; the finite difference itself is
+limited by the rounding of the energy in float32 and by its step in float64."""
+
+STRESS_DERIVATIVE = {"float32": 1e-2, "float64": 1e-4}
+"""The same for the stress, relative to the larger of the largest component and 10 meV/Angstrom^3."""
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
+
+
+class Limit(_Frozen):
+    """Up to ``good`` a check passes, up to ``bad`` it warns, above it fails."""
+
+    good: float
+    bad: float
+    reason: str = ""
+
+    def judge(self, value: float) -> Verdict:
+        """Return the verdict on a value; NaN fails."""
+        return "pass" if value <= self.good else "warn" if value <= self.bad else "fail"
+
+
+class Thresholds(_Frozen):
+    """Limits of the checks."""
+
+    energy_mae: Limit = Limit(
+        good=5.0,
+        bad=15.0,
+        reason="A fifth of the thermal energy at 300 K (26 meV/atom). Energy differences below the error "
+        "cannot be resolved.",
+    )
+    force_mae_relative: Limit = Limit(
+        good=10.0,
+        bad=20.0,
+        reason="Held against the size of the forces on the same structures. A tenth is a rule of thumb for "
+        "thermal vibrations near them; subtle questions need less.",
+    )
+    stress_mae: Limit = Limit(
+        good=1.0,
+        bad=3.0,
+        reason="1 meV/A^3 is 0.16 GPa: 0.03 % in the lattice constant at a bulk modulus of 160 GPa.",
+    )
+    nve_drift: Limit = Limit(
+        good=0.1,
+        bad=0.1,
+        reason="0.1 meV/atom/ps heats a harmonic solid by 0.4 K per ps, which a thermostat takes away. "
+        "Passes when the drift plus two standard errors is below, fails when the drift minus two is above.",
+    )
+    nve_fluctuation: Limit = Limit(
+        good=0.025,
+        bad=0.1,
+        reason="RMS of the total over the kinetic energy. In velocity Verlet it is (ω dt)^2/4 for a "
+        "vibration of frequency ω: 0.025 is 20 steps per period, 0.1 is 10. Noise adds to it.",
+    )
+
+
+class Check(_Frozen):
+    """One verdict with the number and the limits that led to it."""
+
+    name: str
+    verdict: Verdict
+    value: float | None
+    error: float | None = None
+    unit: str
+    good: float | None = None
+    bad: float | None = None
+    reason: str
+
+
+def overall(checks: Iterable[Check]) -> Verdict:
+    """Return the worst verdict."""
+    verdicts = {check.verdict for check in checks}
+    return "fail" if "fail" in verdicts or not verdicts else "warn" if "warn" in verdicts else "pass"
+
+
+def parity_checks(parity: ParityReport, limits: Thresholds) -> list[Check]:
+    """Judge energies, forces and stresses."""
+    mean = parity.forces.reference_mean_abs
+    relative = 100 * parity.forces.mae / mean if mean > 0 else math.nan
+    checks = [
+        _limited("energy error (MAE)", parity.energy.mae, "meV/atom", limits.energy_mae),
+        _limited("force error (MAE / mean |component|)", relative, "%", limits.force_mae_relative),
+    ]
+    if parity.stress is not None:
+        checks.append(_limited("stress error (MAE)", parity.stress.mae, "meV/A^3", limits.stress_mae))
+    return checks
+
+
+def consistency_checks(found: Consistency, dtype: str) -> list[Check]:
+    """Judge symmetry and derivatives with tolerances for the precision of the deployed file."""
+    scale = max(found.largest_force, 1000.0)
+    rounding, derivative = ROUNDING[dtype] * scale, DERIVATIVE[dtype] * scale
+    reason = f"{dtype}; relative to the largest force of the tested structure ({scale:.0f} meV/A or more)."
+    checks = [
+        _limited(
+            "symmetry: rotation, permutation, translation",
+            found.proper_symmetry,
+            "meV/A",
+            Limit(good=rounding, bad=10 * rounding, reason=f"Largest deviation of a force. {reason}"),
+        ),
+        _limited("symmetry: inversion", found.inversion, "meV/A", _inversion_limit(found, rounding)),
+        _limited(
+            "forces are the gradient of the energy",
+            found.derivative_forces,
+            "meV/A",
+            Limit(good=derivative, bad=5 * derivative, reason=f"Finite differences. {reason}"),
+        ),
+    ]
+    if found.derivative_stress is not None:
+        tolerance = STRESS_DERIVATIVE[dtype] * max(found.largest_stress or 0.0, 10.0)
+        limit = Limit(good=tolerance, bad=5 * tolerance, reason="Finite differences of the strain.")
+        name = "stress is the strain derivative of the energy"
+        checks.append(_limited(name, found.derivative_stress, "meV/A^3", limit))
+    return checks
+
+
+def _inversion_limit(found: Consistency, rounding: float) -> Limit:
+    """Rounding, or what the teacher itself does if that is more."""
+    own = found.teacher_inversion.forces if found.teacher_inversion else 0.0
+    if own <= rounding:
+        return Limit(good=rounding, bad=10 * rounding, reason="Largest deviation of a force.")
+    return Limit(
+        good=2 * own,
+        bad=5 * own,
+        reason=f"The teacher is not symmetric under inversion (it deviates by {own:.2g} meV/A), like all "
+        "models that are equivariant under rotations only; this one should not be much worse.",
+    )
+
+
+def nve_checks(run: NVESummary, limits: Thresholds) -> list[Check]:
+    """Judge energy conservation."""
+    name = "energy drift (NVE)"
+    if not run.stable:
+        return [Check(name=name, verdict="fail", value=None, unit="meV/atom/ps", reason=run.reason)]
+    if run.drift is None:
+        return [Check(name=name, verdict="warn", value=None, unit="meV/atom/ps", reason=run.reason)]
+    limit, drift, margin = limits.nve_drift, run.drift, 2 * run.drift.slope_error
+    steep = abs(drift.slope)
+    verdict: Verdict = (
+        "pass" if steep + margin <= limit.good else "warn" if steep - margin <= limit.bad else "fail"
+    )
+    return [
+        Check(
+            name=name,
+            verdict=verdict,
+            value=drift.slope,
+            error=drift.slope_error,
+            unit="meV/atom/ps",
+            good=limit.good,
+            bad=limit.bad,
+            reason=limit.reason,
+        ),
+        _limited("energy fluctuation (NVE)", drift.fluctuation_ratio, "of kinetic", limits.nve_fluctuation),
+    ]
+
+
+def _limited(name: str, value: float, unit: str, limit: Limit) -> Check:
+    return Check(
+        name=name,
+        verdict=limit.judge(value),
+        value=value if math.isfinite(value) else None,
+        unit=unit,
+        good=limit.good,
+        bad=limit.bad,
+        reason=limit.reason,
+    )

@@ -1,0 +1,73 @@
+"""The files that a validation leaves behind."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from ase import Atoms
+
+from compactmlip.checkpoint import atomic_write
+from compactmlip.data.extxyz import write_frames
+from compactmlip.validate.certificate import Certificate
+from compactmlip.validate.nve import Trace
+from compactmlip.validate.parity import Labels
+
+
+@dataclass(frozen=True)
+class ValidationData:
+    """Arrays behind a certificate: what the figures show and ``validation.npz`` holds."""
+
+    frames: tuple[Atoms, ...]
+    reference: Labels
+    predicted: Labels
+    trace: Trace
+    teacher_trace: Trace | None
+
+
+def write_all(out: Path, certificate: Certificate, data: ValidationData, report: str) -> None:
+    """Write the four files; the certificate comes last, so that its presence means all is there."""
+    text = report.encode()
+    atomic_write(out / "heldout.extxyz", lambda p: write_frames(p, _labelled(data)))
+    atomic_write(out / "validation.npz", lambda p: _write_arrays(p, data))
+    atomic_write(out / "report.html", lambda p: _write_bytes(p, text))
+    certificate.save(out / "certificate.json")
+
+
+def _write_bytes(path: Path, content: bytes) -> None:
+    path.write_bytes(content)
+
+
+def _labelled(data: ValidationData) -> list[Atoms]:
+    """Structures with the reference as labels, and nothing else."""
+    labelled = []
+    for k, atoms in enumerate(data.frames):
+        frame = Atoms(atoms.numbers, atoms.positions, cell=atoms.cell, pbc=atoms.pbc)
+        frame.info["REF_energy"] = float(data.reference.energies[k])
+        frame.arrays["REF_forces"] = data.reference.forces[k]
+        if np.isfinite(data.reference.stresses[k]).all():
+            frame.info["REF_stress"] = data.reference.stresses[k]
+        labelled.append(frame)
+    return labelled
+
+
+def _write_arrays(path: Path, data: ValidationData) -> None:
+    arrays = {
+        "reference_energies_eV": data.reference.energies,
+        "model_energies_eV": data.predicted.energies,
+        "reference_forces_eV_per_A": np.concatenate(data.reference.forces),
+        "model_forces_eV_per_A": np.concatenate(data.predicted.forces),
+        "reference_stresses_eV_per_A3": data.reference.stresses,
+        "model_stresses_eV_per_A3": data.predicted.stresses,
+        "atoms_per_structure": np.array([len(a) for a in data.frames]),
+        "atomic_numbers": np.concatenate([a.numbers for a in data.frames]),
+    }
+    for name, trace in (("model", data.trace), ("teacher", data.teacher_trace)):
+        if trace is not None:
+            arrays[f"nve_{name}_time_ps"] = trace.time_ps
+            arrays[f"nve_{name}_total_eV"] = trace.total
+            arrays[f"nve_{name}_potential_eV"] = trace.potential
+            arrays[f"nve_{name}_temperature_K"] = trace.temperature_K
+    with path.open("wb") as file:
+        np.savez_compressed(file, **arrays)  # type: ignore[arg-type]

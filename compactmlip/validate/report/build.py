@@ -1,0 +1,207 @@
+"""The report: one HTML file that needs nothing but itself."""
+
+from __future__ import annotations
+
+from importlib import resources
+from typing import TYPE_CHECKING
+
+from compactmlip.validate.certificate import Certificate, Stage
+from compactmlip.validate.nve import Drift
+from compactmlip.validate.report import figures
+from compactmlip.validate.report.formats import (
+    NONE,
+    file_size,
+    integer,
+    limit,
+    number,
+    plus_minus,
+    pretty_unit,
+    r_squared,
+    signed,
+    times,
+)
+
+if TYPE_CHECKING:
+    from compactmlip.validate.output import ValidationData
+
+
+OWN_LABELS = 1.0
+"""meV/Angstrom; labels that the teacher reproduces better than this were made by it."""
+
+
+def build_report(certificate: Certificate, data: ValidationData) -> str:
+    """Return the report as HTML text with styles and figures inside and no external reference."""
+    from jinja2 import Environment, StrictUndefined
+    from markupsafe import Markup
+
+    package = resources.files(__package__)
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
+    environment.filters.update(
+        num=number,
+        limit=limit,
+        signed=signed,
+        int_=integer,
+        size=file_size,
+        r2=r_squared,
+        times=times,
+        unit=pretty_unit,
+        plus_minus=plus_minus,
+    )
+    template = environment.from_string(package.joinpath("report.html.j2").read_text(encoding="utf-8"))
+    drawn = {name: Markup(svg) if svg else "" for name, svg in _figures(certificate, data).items()}
+    return template.render(
+        c=certificate,
+        css=Markup(package.joinpath("report.css").read_text(encoding="utf-8")),
+        figures=drawn,
+        summary=_summary(certificate),
+        headline=_headline(certificate),
+        rows=_stage_rows(certificate),
+        heldout_text=_heldout_text(certificate),
+        nve_text=_nve_text(certificate),
+        limits=_limits(certificate),
+        compare_teacher=certificate.teacher_parity is not None and not _is_teachers(certificate),
+    )
+
+
+def _figures(c: Certificate, data: ValidationData) -> dict[str, str]:
+    has_stress = c.parity.stress is not None
+    return {
+        "energy": figures.energy_figure(data.frames, data.reference, data.predicted),
+        "forces": figures.forces_figure(data.frames, data.reference, data.predicted),
+        "stress": figures.stress_figure(data.reference, data.predicted) if has_stress else "",
+        "nve": figures.nve_figure(data.trace, c.nve, data.teacher_trace, c.teacher_nve)
+        if c.nve.steps
+        else "",
+        "speed": figures.speed_figure(c.speed) if c.speed else "",
+    }
+
+
+def _summary(c: Certificate) -> str:
+    counts = {v: sum(check.verdict == v for check in c.checks) for v in ("pass", "warn", "fail")}
+    parts = [f"{counts['pass']} of {len(c.checks)} checks passed"]
+    parts += [f"{counts['warn']} with a warning"] if counts["warn"] else []
+    parts += [f"{counts['fail']} failed"] if counts["fail"] else []
+    return ", ".join(parts) + "."
+
+
+def _headline(c: Certificate) -> list[tuple[str, str, str]]:
+    """The five numbers that people look for first."""
+    ratios = [(row.ratio(), row.atoms) for row in c.speed]
+    known = [(ratio, atoms) for ratio, atoms in ratios if ratio is not None]
+    ratio, atoms = max(known, key=lambda r: r[1]) if known else (None, 0)
+    drift = c.nve.drift
+    slope, _, error = plus_minus(drift.slope, drift.slope_error).partition(" ± ") if drift else ("", "", "")
+    return [
+        ("speed-up", times(ratio), f"at {atoms} atoms" if known else "not measured"),
+        ("parameters", times(c.teacher.parameters / max(c.model.parameters, 1)), "fewer"),
+        ("energy MAE", number(c.parity.energy.mae), "meV/atom"),
+        ("force MAE", number(c.parity.forces.mae), "meV/Å"),
+        (
+            "NVE drift",
+            slope or NONE,
+            f"± {error} meV/atom/ps" if drift else c.nve.reason,
+        ),
+    ]
+
+
+def _stage_rows(c: Certificate) -> list[Stage]:
+    teacher, model, parity = c.teacher, c.model, c.parity
+    own = c.teacher_parity
+    first = Stage(
+        name="teacher",
+        parameters=teacher.parameters,
+        file_bytes=teacher.bytes,
+        energy_mae=own.energy.mae if own else None,
+        forces_mae=own.forces.mae if own else None,
+        stress_mae=own.stress.mae if own and own.stress else None,
+        note=f"against the labels, on {own.frames} of the structures" if own else "the reference",
+    )
+    last = Stage(
+        name=f"this file ({model.file})",
+        parameters=model.parameters,
+        file_bytes=model.bytes,
+        energy_mae=parity.energy.mae,
+        forces_mae=parity.forces.mae,
+        stress_mae=parity.stress.mae if parity.stress else None,
+    )
+    return [*(c.stages or [first]), last]
+
+
+def _heldout_text(c: Certificate) -> str:
+    if c.heldout.origin == "sampled":
+        return (
+            f"{c.parity.frames} structures were sampled from the given ones with their own seed "
+            f"({c.heldout.seed}), independent of the sampling of training data, and labelled by the teacher."
+        )
+    text = (
+        f"{c.parity.frames} labelled structures were given; their labels are the reference. "
+        "Whether the model was trained on them is not known here."
+    )
+    if _is_teachers(c) and c.teacher_parity is not None:
+        error = number(c.teacher_parity.forces.mae, 2)
+        text += f" The labels are the teacher's own: it reproduces their forces to {error} meV/Å."
+    return text
+
+
+def _is_teachers(c: Certificate) -> bool:
+    """Whether the reference is the teacher, also if it came in as labels."""
+    own = c.teacher_parity
+    return c.heldout.reference == "teacher" or (own is not None and own.forces.maximum < OWN_LABELS)
+
+
+def _nve_text(c: Certificate) -> str:
+    run = c.nve
+    if not run.stable:
+        return f"The run was not stable: {run.reason}"
+    text = (
+        f"{run.atoms} atoms, {run.steps:,} steps of {number(run.timestep_fs)} fs, mean temperature "
+        f"{run.mean_temperature_K:.0f} K. "
+    )
+    if run.drift:
+        text += (
+            f"The total energy drifts by {_drift(run.drift)} "
+            f"and fluctuates by {number(run.drift.fluctuation)} meV/atom (RMS) around the trend. "
+        )
+    else:
+        text += f"No drift is given: {run.reason} "
+    own = c.teacher_nve
+    if own is None:
+        return text + "The teacher was not simulated: too slow for its time budget, or switched off."
+    text += (
+        "The teacher starts from the same positions and velocities and did "
+        f"{own.steps:,} steps in its time budget"
+    )
+    if own.drift:
+        return f"{text}; it drifts by {_drift(own.drift)}."
+    return text + (": too few for a drift." if own.stable else f" and was not stable: {own.reason}")
+
+
+def _drift(drift: Drift) -> str:
+    return f"{plus_minus(drift.slope, drift.slope_error)} meV/atom/ps"
+
+
+def _limits(c: Certificate) -> list[str]:
+    """What a reader must not conclude."""
+    lines = []
+    if c.heldout.species_not_seen:
+        missing = ", ".join(c.heldout.species_not_seen)
+        lines.append(f"The model covers {missing}, which the held-out structures do not contain.")
+    if _is_teachers(c):
+        lines.append(
+            "Errors are relative to the teacher, whose own error against DFT or experiment comes on top."
+        )
+    lines.append(
+        "Nothing is known about what the held-out structures do not contain: other phases, surfaces, defects "
+        "or compositions need their own validation."
+    )
+    lines.append(
+        f"{c.nve.steps * c.nve.timestep_fs / 1000:.2g} ps at {c.nve.mean_temperature_K:.0f} K test energy "
+        "conservation, not stability over nanoseconds."
+        if c.nve.stable
+        else "Nothing can be said about dynamics: the run was not stable."
+    )
+    if c.machine.load_average is not None and c.machine.load_average > 0.5 * c.machine.cores:
+        lines.append(
+            "Other processes were using the machine: absolute speeds may be too low. The ratio suffers less."
+        )
+    return lines

@@ -1,0 +1,332 @@
+"""The whole validation: held-out errors, consistency, NVE, speed; certificate and report."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ase import Atoms
+from pydantic import BaseModel, ConfigDict, Field
+
+from compactmlip.data.read import ISOLATED_ATOM
+from compactmlip.data.sample_options import SampleOptions
+from compactmlip.errors import CompactMLIPError, InputError
+from compactmlip.validate import certificate as cert
+from compactmlip.validate.checks import Thresholds, consistency_checks, nve_checks, overall, parity_checks
+from compactmlip.validate.consistency import check_consistency
+from compactmlip.validate.nve import (
+    NVEResult,
+    NVESummary,
+    Trace,
+    affordable_steps,
+    equilibrate,
+    nve,
+)
+from compactmlip.validate.output import ValidationData, write_all
+from compactmlip.validate.parity import Labels, ParityReport, evaluate_frames, has_labels, labels_of, parity
+from compactmlip.validate.speed import Speed, describe_machine, measure_speed
+from compactmlip.validate.supercells import near_size, supercell
+
+HELDOUT_STREAM = 0x68656C64
+"""Mixed into the seed, so that held-out structures never repeat a training set sampled with that seed."""
+
+MD_PER_STRUCTURE = 40
+"""Atoms x steps of teacher MD spent per held-out structure, so that a slow teacher takes seconds."""
+
+SMALL_FORCE, SMALL_DISPLACEMENT = 0.05, 0.05
+"""eV/Angstrom (RMS) and Angstrom: structures with smaller forces are displaced for the consistency checks."""
+
+SHORTEST_RUN = 10
+"""Steps; a teacher that cannot do these within its budget is not simulated."""
+
+EQUILIBRATION_SHARE = 0.2
+"""Of the time for the model's NVE run, added to it for the equilibration."""
+
+OVERTIME = 1.5
+"""A run ends when it takes this many times its budget (something else is using the machine)."""
+
+
+class ValidateOptions(BaseModel):
+    """Options of :func:`validate`.  Times are budgets: measured speeds decide what fits."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    n_heldout: int = Field(16, ge=1, description="held-out structures, where they are sampled")
+    sample: SampleOptions | None = Field(
+        None, description="how held-out structures are sampled; their number and seed come from here"
+    )
+    teacher_frames: int = Field(
+        4, ge=0, description="labelled structures that the teacher is compared on as well"
+    )
+    temperature_K: float = Field(300.0, gt=0)
+    timestep_fs: float = Field(1.0, gt=0)
+    nve_ps: float = Field(4.0, gt=0, description="longest NVE run of the model, ps")
+    nve_seconds: float = Field(30.0, gt=0, description="time for the model's NVE run, s")
+    teacher_nve_seconds: float = Field(15.0, ge=0, description="time for the teacher's NVE run, s; 0: none")
+    speed_seconds: float = Field(12.0, gt=0, description="time for each size of the speed comparison, s")
+    sizes: tuple[int, ...] = Field((64, 216), description="about how many atoms speed is measured on")
+    repeats: int = Field(5, ge=1)
+    seed: int = Field(0, ge=0)
+    device: str = "cpu"
+    thresholds: Thresholds = Thresholds()
+
+
+def validate(
+    model: str | Path,
+    teacher: str | Path,
+    frames: Sequence[Atoms],
+    options: ValidateOptions | None = None,
+    out_dir: str | Path = ".",
+    stages: Sequence[cert.Stage] = (),
+    *,
+    progress: bool = True,
+) -> cert.Certificate:
+    """Validate a compressed model against its teacher and write the evidence.
+
+    Parameters
+    ----------
+    model, teacher
+        A deployed file (``*.pt``) or a checkpoint (``*.safetensors``).
+    frames
+        Held-out structures with REF_energy and REF_forces, which are then the reference; or plain
+        structures, from which held-out ones are sampled and labelled by the teacher.
+    options
+        Budgets, seed and limits.
+    out_dir
+        Made if needed; gets ``certificate.json``, ``report.html``, ``heldout.extxyz`` (with the reference
+        labels) and ``validation.npz``.
+    stages
+        Rows about how the model was made, for the report.
+
+    Raises
+    ------
+    CompactMLIPError
+        If a file cannot be read, a structure cannot be used or a species is not covered.  A model
+        that fails a check raises nothing: its certificate says so.
+    """
+    from compactmlip.validate.report import build_report
+
+    options = options or ValidateOptions()
+    machine = describe_machine()
+    paths = {"model": Path(model), "teacher": Path(teacher)}
+    calculators = {name: _calculator(path, options.device) for name, path in paths.items()}
+    usable = _usable(frames, calculators)
+    out = Path(out_dir)
+    out.mkdir(parents=True, exist_ok=True)
+
+    heldout, reference, origin = _heldout(usable, calculators, paths["teacher"], options, progress)
+    predicted = evaluate_frames(
+        calculators["model"], heldout, progress=progress, description="Model on held-out"
+    )
+    start = usable[0] if origin.origin == "sampled" else _calmest(heldout, reference)
+    speed = _speed(calculators, start, options, progress)
+    run, teacher_run = _dynamics(calculators, start, speed, options, progress)
+    data = ValidationData(
+        tuple(heldout), reference, predicted, run.trace, teacher_run.trace if teacher_run else None
+    )
+    found = parity(heldout, reference, predicted)
+    dtype = calculators["model"].spec.dtype
+    consistency = check_consistency(
+        calculators["model"],
+        _typical(heldout, reference, options.seed),
+        dtype=dtype,
+        seed=options.seed,
+        teacher=calculators["teacher"],
+    )
+    checks = (
+        *parity_checks(found, options.thresholds),
+        *consistency_checks(consistency, dtype),
+        *nve_checks(run.summary, options.thresholds),
+    )
+    certificate = cert.Certificate(
+        created_utc=datetime.now(timezone.utc).replace(microsecond=0),
+        verdict=overall(checks),
+        checks=checks,
+        model=cert.describe_model(paths["model"], calculators["model"].spec),
+        teacher=cert.describe_model(paths["teacher"], calculators["teacher"].spec),
+        heldout=origin,
+        parity=found,
+        teacher_parity=_teacher_parity(calculators["teacher"], heldout, reference, origin, options, progress),
+        consistency=consistency,
+        nve=run.summary,
+        teacher_nve=teacher_run.summary if teacher_run else None,
+        speed=tuple(speed),
+        stages=tuple(stages),
+        machine=machine,
+        software=cert.software_versions(),
+        options=options.model_dump(mode="json", exclude={"thresholds"}, exclude_none=True),
+    )
+    write_all(out, certificate, data, build_report(certificate, data))
+    return certificate
+
+
+def _usable(frames: Sequence[Atoms], calculators: dict[str, Any]) -> list[Atoms]:
+    """Structures without isolated atoms, all covered by both models."""
+    usable = [a for a in frames if a.info.get("config_type") != ISOLATED_ATOM and len(a) > 1]
+    if not usable:
+        raise InputError("no structure to validate on (single atoms do not count).")
+    for name, calculator in calculators.items():
+        for k, atoms in enumerate(usable):
+            where = f"structure {k} (checked for the {name})"
+            calculator.spec.species_index(atoms.get_chemical_symbols(), where)
+    return usable
+
+
+def _teacher_parity(
+    teacher: Any,
+    frames: Sequence[Atoms],
+    reference: Labels,
+    origin: cert.Heldout,
+    options: ValidateOptions,
+    progress: bool,
+) -> ParityReport | None:
+    """Compare the teacher with given labels on some structures: what the model can be expected to reach."""
+    if origin.reference == "teacher" or not options.teacher_frames:
+        return None
+    few = list(frames[: options.teacher_frames])
+    n = len(few)
+    subset = Labels(reference.energies[:n], reference.forces[:n], reference.stresses[:n])
+    own = evaluate_frames(teacher, few, progress=progress, description="Teacher on held-out")
+    return parity(few, subset, own)
+
+
+def _calculator(path: Path, device: str) -> Any:
+    from compactmlip.deploy.ase import CompactMLIPCalculator
+
+    return CompactMLIPCalculator(path, device=device)
+
+
+def _heldout(
+    frames: Sequence[Atoms],
+    calculators: dict[str, Any],
+    teacher_path: Path,
+    options: ValidateOptions,
+    progress: bool,
+) -> tuple[list[Atoms], Labels, cert.Heldout]:
+    """Held-out structures, their reference and where both come from."""
+    if has_labels(frames):
+        unseen = _unseen(calculators["model"], frames)
+        given = cert.Heldout(origin="given", reference="labels", species_not_seen=unseen)
+        return list(frames), labels_of(frames), given
+    from compactmlip import checkpoint
+    from compactmlip.data.sample import sample
+
+    if teacher_path.suffix != ".safetensors":
+        raise InputError(
+            f"{teacher_path}: held-out structures can only be sampled with the teacher's checkpoint "
+            "(*.safetensors); give that, or structures with REF_energy and REF_forces."
+        )
+    seed = int(np.random.SeedSequence((options.seed, HELDOUT_STREAM)).generate_state(1)[0])
+    native = checkpoint.load(teacher_path)
+    how = options.sample or SampleOptions(md_evaluations=MD_PER_STRUCTURE * options.n_heldout)
+    how = how.model_copy(update={"n": options.n_heldout, "seed": seed})
+    heldout = sample(frames, native, how, progress=progress)
+    reference = evaluate_frames(
+        calculators["teacher"], heldout, progress=progress, description="Teacher on held-out"
+    )
+    unseen = _unseen(calculators["model"], heldout)
+    sampled = cert.Heldout(origin="sampled", reference="teacher", seed=seed, species_not_seen=unseen)
+    return heldout, reference, sampled
+
+
+def _unseen(calculator: Any, frames: Sequence[Atoms]) -> tuple[str, ...]:
+    """Species that are covered but do not occur."""
+    seen = {s for a in frames for s in a.get_chemical_symbols()}
+    return tuple(s for s in calculator.spec.species if s not in seen)
+
+
+def _calmest(frames: Sequence[Atoms], reference: Labels) -> Atoms:
+    """Return the structure with the smallest forces: nearest to where dynamics can start."""
+    largest = [float(np.abs(f).max()) if len(f) > 1 else np.inf for f in reference.forces]
+    return frames[int(np.argmin(largest))]
+
+
+def _typical(frames: Sequence[Atoms], reference: Labels, seed: int) -> Atoms:
+    """Return a structure with typical forces, displaced where it has none: symmetry would hide errors."""
+    species = [len(set(a.numbers)) for a in frames]
+    sizes = [float(np.sqrt(np.mean(f**2))) for f in reference.forces]
+    richest = [k for k in range(len(frames)) if species[k] == max(species)]
+    chosen = sorted(richest, key=lambda k: sizes[k])[len(richest) // 2]
+    atoms = frames[chosen].copy()
+    if sizes[chosen] < SMALL_FORCE:
+        atoms.set_constraint()
+        atoms.rattle(SMALL_DISPLACEMENT, rng=np.random.default_rng(seed))
+    return atoms
+
+
+def _speed(
+    calculators: dict[str, Any], start: Atoms, options: ValidateOptions, progress: bool
+) -> list[Speed]:
+    sizes = {len(s): s for s in (near_size(start, n) for n in options.sizes)}
+    rows = measure_speed(
+        calculators,
+        list(sizes.values()),
+        repeats=options.repeats,
+        max_seconds=options.speed_seconds,
+        seed=options.seed,
+        progress=progress,
+    )
+    return [row for row in rows if "model" in row.atoms_per_second]
+
+
+def _dynamics(
+    calculators: dict[str, Any],
+    start: Atoms,
+    speed: Sequence[Speed],
+    options: ValidateOptions,
+    progress: bool,
+) -> tuple[NVEResult, NVEResult | None]:
+    """NVE of the model, and of the teacher from the same positions and momenta as far as time allows."""
+    cell = supercell(start)
+    shared: dict[str, Any] = {"temperature_K": options.temperature_K, "timestep_fs": options.timestep_fs}
+    per_step = _seconds_per_step("model", calculators, cell, speed)
+    longest = max(1, round(options.nve_ps * 1000 / options.timestep_fs))
+    steps = affordable_steps(per_step, options.nve_seconds, longest, SHORTEST_RUN)
+    warm_up = affordable_steps(per_step, EQUILIBRATION_SHARE * options.nve_seconds, 150, SHORTEST_RUN)
+    try:
+        ready = equilibrate(calculators["model"], cell, steps=warm_up, seed=options.seed, **shared)
+    except CompactMLIPError as error:
+        return _unstable(len(cell), options.timestep_fs, str(error)), None
+    show = {"progress": progress, **shared}
+    limit = OVERTIME * options.nve_seconds
+    result = nve(
+        calculators["model"], ready, steps=steps, max_seconds=limit, description="NVE, model", **show
+    )
+    if not options.teacher_nve_seconds:
+        return result, None
+    per_step = _seconds_per_step("teacher", calculators, cell, speed)
+    steps = affordable_steps(per_step, options.teacher_nve_seconds, steps)
+    if steps < SHORTEST_RUN:
+        return result, None
+    limit = OVERTIME * options.teacher_nve_seconds
+    own = nve(
+        calculators["teacher"], ready, steps=steps, max_seconds=limit, description="NVE, teacher", **show
+    )
+    return result, own
+
+
+def _seconds_per_step(name: str, calculators: dict[str, Any], cell: Atoms, speed: Sequence[Speed]) -> float:
+    """Estimate from the measured speeds, or from one more measurement where there is none."""
+    rows = [row for row in speed if name in row.atoms_per_second]
+    if not rows:
+        rows = measure_speed({name: calculators[name]}, [cell], repeats=1)
+    nearest = min(rows, key=lambda row: abs(np.log(row.atoms / len(cell))))
+    return len(cell) / nearest.atoms_per_second[name]
+
+
+def _unstable(atoms: int, timestep_fs: float, reason: str) -> NVEResult:
+    empty = np.zeros(0)
+    summary = NVESummary(
+        atoms=atoms,
+        steps=0,
+        timestep_fs=timestep_fs,
+        mean_temperature_K=float("nan"),
+        seconds_per_step=float("nan"),
+        stable=False,
+        reason=reason,
+        drift=None,
+    )
+    return NVEResult(summary, Trace(empty, empty, empty, empty))

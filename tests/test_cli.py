@@ -1,0 +1,146 @@
+"""Commands on a small random model: what they write, print and refuse."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import ase.io
+import pytest
+import torch
+from ase.build import bulk
+from torch import nn
+
+from compactmlip import cli
+from compactmlip.checkpoint import read_spec, save
+
+
+@pytest.fixture
+def folder(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    make_spec: Callable[..., Any],
+    make_model: Callable[..., nn.Module],
+) -> Path:
+    model = make_model(make_spec(channels=(6, 4), num_layers=2, lmax_edge=1), dtype=torch.float32)
+    model.energy_scale.mul_(0.1)
+    save(model, tmp_path / "teacher.safetensors")
+    ase.io.write(tmp_path / "mgo.xyz", bulk("MgO", "rocksalt", a=4.21, cubic=True))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def _run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], line: str
+) -> tuple[int, str, str]:
+    monkeypatch.setattr(sys, "argv", ["compactmlip", *line.split()])
+    try:
+        cli.main()
+    except SystemExit as stop:
+        code = int(stop.code or 0)
+    else:
+        code = 0
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def test_each_step(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = [
+        "convert teacher.safetensors -o small.safetensors --species Mg,O",
+        "sample mgo.xyz --teacher small.safetensors -n 12 -o samples.xyz --set md_fraction=0",
+        "label samples.xyz --teacher small.safetensors -o labelled.xyz --json",
+        "prune small.safetensors -o pruned.safetensors --to 4x0+2x1 --calibration labelled.xyz",
+        "distil pruned.safetensors --train labelled.xyz --valid labelled.xyz -o done.safetensors --epochs 2",
+        "compile done.safetensors -o model.pt --dtype float64",
+        "info model.pt --json",
+    ]
+    for line in lines:
+        code, out, err = _run(monkeypatch, capsys, line)
+        assert code == 0, f"{line}\n{out}\n{err}"
+    described = json.loads(out)
+    assert described["species"] == "2: O Mg"
+    assert described["licence"] == "MIT"
+    assert described["dtype"] == "float64"
+    assert len(ase.io.read(folder / "labelled.xyz", ":")) == 12
+    steps = [step.action for step in read_spec(folder / "done.safetensors").provenance.steps]
+    assert steps[0] == "prune" and steps[-1] == "distil"
+
+
+def test_info_of_a_checkpoint(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, _ = _run(monkeypatch, capsys, "info teacher.safetensors")
+    assert code == 0
+    for word in (
+        "nequip",
+        "H C O Mg Si",
+        "layer 1",
+        "6x0+4x1",
+        "4.0 Angstrom",
+        "8.0 Angstrom",
+        "float32",
+        "MIT",
+    ):
+        assert word in out, word
+
+
+def test_parameters_add_up(folder: Path) -> None:
+    from compactmlip.checkpoint import load
+    from compactmlip.info import describe
+
+    described = describe(folder / "teacher.safetensors")
+    counts = [int(row.rpartition(" ")[2]) for row in described["by block"]]
+    assert sum(counts) == int(described["parameters"])
+    assert sum(counts) == sum(p.numel() for p in load(folder / "teacher.safetensors").parameters())
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("info absent.safetensors", "no such file"),
+        ("convert 7net-l3i6", "Did you mean '7net-l3i5'"),
+        ("convert teacher.safetensors --species Mg,Pu", "Pu"),
+        ("convert teacher.safetensors --dtype half", "unknown dtype 'half'"),
+        ("sample absent.xyz --teacher teacher.safetensors", "absent.xyz"),
+        ("sample mgo.xyz --teacher teacher.safetensors --set tempreture=300", "Did you mean 'temperature'"),
+        ("prune teacher.safetensors --calibration mgo.xyz --to 4y0", "cannot read channels"),
+        ("prune teacher.safetensors --calibration mgo.xyz --group-key mp_id", "--group-key mp_id"),
+        ("distil teacher.safetensors --train mgo.xyz --valid mgo.xyz --epochs 1", "REF_energy"),
+        (
+            "distil teacher.safetensors --train mgo.xyz --valid mgo.xyz --epochs 1 --energy-key energie",
+            "energie",
+        ),
+        ("validate mgo.xyz --teacher teacher.safetensors --structure mgo.xyz", "mgo.xyz"),
+        ("compile mgo.xyz -o model.pt", "mgo.xyz"),
+    ],
+)
+def test_errors_are_one_line(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], line: str, message: str
+) -> None:
+    before = sorted(p.name for p in folder.iterdir())
+    code, _, err = _run(monkeypatch, capsys, line)
+    assert code == 1
+    assert message in err and err.startswith("error: ") and "Traceback" not in err
+    assert sorted(p.name for p in folder.iterdir()) == before
+
+
+def test_version(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    from compactmlip import __version__
+
+    assert _run(monkeypatch, capsys, "--version")[1].strip() == f"compactmlip {__version__}"
+
+
+def test_interrupt_says_that_it_continues(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import compactmlip.info
+
+    def stop(path: Path) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(compactmlip.info, "describe", stop)
+    code, _, err = _run(monkeypatch, capsys, "info teacher.safetensors")
+    assert code == 130 and "continues" in err

@@ -1,0 +1,151 @@
+"""The whole way on a small random teacher: results, continuation after an interruption, bad input."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import ase.io
+import numpy as np
+import pytest
+import torch
+from ase.build import bulk, molecule
+from torch import nn
+
+import compactmlip.specialize as module
+from compactmlip import checkpoint
+from compactmlip.config import resolve
+from compactmlip.deploy.ase import CompactMLIPCalculator
+from compactmlip.errors import InputError, SpeciesError
+from compactmlip.specialize import SpecializeOptions, specialize
+
+FILES = {
+    "config.yaml",
+    "teacher.safetensors",
+    "samples.xyz",
+    "labelled.xyz",
+    "train.xyz",
+    "valid.xyz",
+    "test.xyz",
+    "pruned.safetensors",
+    "compensated.safetensors",
+    "distilled.safetensors",
+    "model.pt",
+    "certificate.json",
+    "report.html",
+}
+
+
+@pytest.fixture(scope="module")
+def teacher(
+    make_spec: Callable[..., Any],
+    make_model: Callable[..., nn.Module],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
+    spec = make_spec(channels=(8, 6, 4), num_layers=2, lmax_edge=2)
+    model = make_model(spec, dtype=torch.float32)
+    # A random network has no repulsion: keep it soft so that sampled structures stay sensible.
+    for name, buffer in model.named_buffers():
+        if name == "energy_scale":
+            buffer.mul_(0.1)
+    return checkpoint.save(model, tmp_path_factory.mktemp("teacher") / "teacher.safetensors")
+
+
+def _options(teacher: Path, **more: Any) -> SpecializeOptions:
+    settings = [
+        "sample.n=20",
+        "sample.max_atoms=8",
+        "sample.md_fraction=0.1",
+        "sample.md_steps=6",
+        "distil.max_epochs=3",
+        "validation.nve_seconds=1",
+        "validation.teacher_nve_seconds=1",
+        "validation.speed_seconds=0.5",
+        "validation.sizes=[8]",
+        "validation.repeats=1",
+        "validation.nve_ps=0.05",
+    ]
+    return resolve(SpecializeOptions, None, settings, teacher=str(teacher), to="5x0+4x1", minutes=1.0, **more)
+
+
+@pytest.fixture(scope="module")
+def finished(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("run") / "out"
+    specialize([bulk("MgO", "rocksalt", a=4.21, cubic=True)], _options(teacher), folder, progress=False)
+    return folder
+
+
+def test_everything_is_there(finished: Path) -> None:
+    assert {p.name for p in finished.iterdir()} >= FILES
+    certificate = json.loads((finished / "certificate.json").read_text())
+    names = [row["name"] for row in certificate["stages"]]
+    assert names[1:] == ["teacher, species needed", "pruned", "pruned, compensated", "distilled"]
+    parameters = [row["parameters"] for row in certificate["stages"]]
+    assert parameters[0] > parameters[1] > parameters[2] == parameters[3] == parameters[4]
+    splits = [len(ase.io.read(finished / f"{name}.xyz", ":")) for name in ("train", "valid", "test")]
+    assert sum(splits) == 20 and min(splits) >= 1
+
+
+def test_the_model_works_in_ase(finished: Path) -> None:
+    atoms = bulk("MgO", "rocksalt", a=4.21, cubic=True)
+    atoms.rattle(0.1, seed=3)
+    atoms.calc = CompactMLIPCalculator(finished / "model.pt")
+    assert np.isfinite(atoms.get_potential_energy()) and atoms.get_forces().shape == (8, 3)
+    assert set(atoms.calc.spec.species) == {"Mg", "O"}
+    actions = [step.action for step in atoms.calc.spec.provenance.steps]
+    assert actions[0] == "prune" and actions[-1] in {"distil", "compile"}
+
+
+def test_second_call_changes_nothing(finished: Path, teacher: Path) -> None:
+    before = {p.name: p.stat().st_mtime_ns for p in finished.iterdir() if p.suffix != ".yaml"}
+    specialize([bulk("MgO", "rocksalt", a=4.21, cubic=True)], _options(teacher), finished, progress=False)
+    assert before == {p.name: p.stat().st_mtime_ns for p in finished.iterdir() if p.suffix != ".yaml"}
+
+
+def test_other_options_need_another_folder(finished: Path, teacher: Path) -> None:
+    with pytest.raises(InputError, match="other options or structures"):
+        specialize(
+            [bulk("MgO", "rocksalt", a=4.21, cubic=True)], _options(teacher, seed=5), finished, progress=False
+        )
+
+
+@pytest.mark.parametrize("victim", ["sample", "label", "compress", "distil", "compile_model", "validate"])
+def test_continues_after_an_interruption(
+    teacher: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, victim: str
+) -> None:
+    """Stop before each step; the second call must not repeat what was done, and ends with the same model."""
+    crystal = [bulk("MgO", "rocksalt", a=4.21, cubic=True)]
+
+    def interrupt(*args: Any, **options: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, victim, interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            specialize(crystal, _options(teacher), tmp_path, progress=False)
+    done = {p.name: p.stat().st_mtime_ns for p in tmp_path.iterdir() if p.suffix in {".xyz", ".safetensors"}}
+    specialize(crystal, _options(teacher), tmp_path, progress=False)
+    for name, stamp in done.items():
+        assert (tmp_path / name).stat().st_mtime_ns == stamp, name
+    assert (tmp_path / "samples.xyz").read_bytes() == (finished / "samples.xyz").read_bytes()
+    one, two = (checkpoint.load(f / "compensated.safetensors").state_dict() for f in (tmp_path, finished))
+    for name, tensor in one.items():
+        torch.testing.assert_close(tensor, two[name], rtol=1e-5, atol=1e-6)
+
+
+def test_species_outside_the_teacher(teacher: Path, tmp_path: Path) -> None:
+    with pytest.raises(SpeciesError, match="Na"):
+        specialize([bulk("NaCl", "rocksalt", a=5.6)], _options(teacher), tmp_path, progress=False)
+    assert not list(tmp_path.glob("*.safetensors"))
+
+
+def test_species_option_must_cover_the_structures(teacher: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="which are not among the species to keep"):
+        specialize([molecule("H2O")], _options(teacher, species=("O",)), tmp_path, progress=False)
+
+
+def test_no_structure(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no structure"):
+        specialize([], None, tmp_path)
