@@ -31,7 +31,7 @@ class TrainOptions(BaseModel):
     clip: float = Field(default=10.0, gt=0, description="largest norm of the gradient of the loss")
     ema_decay: float = Field(default=0.99, ge=0, lt=1, description="decay per step of the weight average")
 
-    batch_atoms: int = Field(default=32, ge=1, description="atoms per batch at most (or one structure)")
+    batch_atoms: int = Field(default=16, ge=1, description="atoms per batch at most (or one structure)")
     batch_edges: int = Field(default=8192, ge=1, description="edges per batch at most; bounds the memory")
     max_epochs: int | None = Field(default=200, ge=1, description="passes over the training frames")
     max_minutes: float | None = Field(default=None, gt=0, description="wall-clock budget, minutes")
@@ -42,7 +42,7 @@ class TrainOptions(BaseModel):
     energy_weight: float = Field(default=1.0, ge=0, description="weight of the energy term")
     forces_weight: float = Field(default=1.0, ge=0, description="weight of the force term")
     stress_weight: float = Field(default=0.2, ge=0, description="weight of the stress term")
-    energy_delta: float = Field(default=0.005, gt=0, description="eV/atom where the loss turns linear")
+    energy_delta: float = Field(default=0.02, gt=0, description="eV/atom where the loss turns linear")
     forces_delta: float = Field(default=0.02, gt=0, description="eV/Angstrom where the loss turns linear")
     stress_delta: float = Field(default=0.001, gt=0, description="eV/Angstrom^3 where the loss turns linear")
 

@@ -9,14 +9,14 @@ from typing import Any
 
 import numpy as np
 from ase import Atoms
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from compactmlip.data.read import ISOLATED_ATOM
-from compactmlip.data.sample_options import SampleOptions
 from compactmlip.errors import CompactMLIPError, InputError
 from compactmlip.validate import certificate as cert
 from compactmlip.validate.checks import Thresholds, consistency_checks, nve_checks, overall, parity_checks
 from compactmlip.validate.consistency import check_consistency
+from compactmlip.validate.heldout import HeldoutOptions, calmest, heldout_structures, typical
 from compactmlip.validate.nve import (
     NVEResult,
     NVESummary,
@@ -26,18 +26,9 @@ from compactmlip.validate.nve import (
     nve,
 )
 from compactmlip.validate.output import ValidationData, write_all
-from compactmlip.validate.parity import Labels, ParityReport, evaluate_frames, has_labels, labels_of, parity
+from compactmlip.validate.parity import Labels, ParityReport, evaluate_frames, parity
 from compactmlip.validate.speed import Speed, describe_machine, measure_speed
 from compactmlip.validate.supercells import near_size, supercell
-
-HELDOUT_STREAM = 0x68656C64
-"""Mixed into the seed, so that held-out structures never repeat a training set sampled with that seed."""
-
-MD_PER_STRUCTURE = 40
-"""Atoms x steps of teacher MD spent per held-out structure, so that a slow teacher takes seconds."""
-
-SMALL_FORCE, SMALL_DISPLACEMENT = 0.05, 0.05
-"""eV/Angstrom (RMS) and Angstrom: structures with smaller forces are displaced for the consistency checks."""
 
 SHORTEST_RUN = 10
 """Steps; a teacher that cannot do these within its budget is not simulated."""
@@ -49,15 +40,9 @@ OVERTIME = 1.5
 """A run ends when it takes this many times its budget (something else is using the machine)."""
 
 
-class ValidateOptions(BaseModel):
+class ValidateOptions(HeldoutOptions):
     """Options of :func:`validate`.  Times are budgets: measured speeds decide what fits."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    n_heldout: int = Field(16, ge=1, description="held-out structures, where they are sampled")
-    sample: SampleOptions | None = Field(
-        None, description="how held-out structures are sampled; their number and seed come from here"
-    )
     teacher_frames: int = Field(
         4, ge=0, description="labelled structures that the teacher is compared on as well"
     )
@@ -69,7 +54,6 @@ class ValidateOptions(BaseModel):
     speed_seconds: float = Field(12.0, gt=0, description="time for each size of the speed comparison, s")
     sizes: tuple[int, ...] = Field((64, 216), description="about how many atoms speed is measured on")
     repeats: int = Field(5, ge=1)
-    seed: int = Field(0, ge=0)
     device: str = "cpu"
     thresholds: Thresholds = Thresholds()
 
@@ -117,11 +101,11 @@ def validate(
     out = Path(out_dir)
     out.mkdir(parents=True, exist_ok=True)
 
-    heldout, reference, origin = _heldout(usable, calculators, paths["teacher"], options, progress)
+    heldout, reference, origin = heldout_structures(usable, calculators, paths["teacher"], options, progress)
     predicted = evaluate_frames(
         calculators["model"], heldout, progress=progress, description="Model on held-out"
     )
-    start = usable[0] if origin.origin == "sampled" else _calmest(heldout, reference)
+    start = usable[0] if origin.origin == "sampled" else calmest(heldout, reference)
     speed = _speed(calculators, start, options, progress)
     run, teacher_run = _dynamics(calculators, start, speed, options, progress)
     data = ValidationData(
@@ -131,7 +115,7 @@ def validate(
     dtype = calculators["model"].spec.dtype
     consistency = check_consistency(
         calculators["model"],
-        _typical(heldout, reference, options.seed),
+        typical(heldout, reference, options.seed),
         dtype=dtype,
         seed=options.seed,
         teacher=calculators["teacher"],
@@ -197,64 +181,6 @@ def _calculator(path: Path, device: str) -> Any:
     from compactmlip.deploy.ase import CompactMLIPCalculator
 
     return CompactMLIPCalculator(path, device=device)
-
-
-def _heldout(
-    frames: Sequence[Atoms],
-    calculators: dict[str, Any],
-    teacher_path: Path,
-    options: ValidateOptions,
-    progress: bool,
-) -> tuple[list[Atoms], Labels, cert.Heldout]:
-    """Held-out structures, their reference and where both come from."""
-    if has_labels(frames):
-        unseen = _unseen(calculators["model"], frames)
-        given = cert.Heldout(origin="given", reference="labels", species_not_seen=unseen)
-        return list(frames), labels_of(frames), given
-    from compactmlip import checkpoint
-    from compactmlip.data.sample import sample
-
-    if teacher_path.suffix != ".safetensors":
-        raise InputError(
-            f"{teacher_path}: held-out structures can only be sampled with the teacher's checkpoint "
-            "(*.safetensors); give that, or structures with REF_energy and REF_forces."
-        )
-    seed = int(np.random.SeedSequence((options.seed, HELDOUT_STREAM)).generate_state(1)[0])
-    native = checkpoint.load(teacher_path)
-    how = options.sample or SampleOptions(md_evaluations=MD_PER_STRUCTURE * options.n_heldout)
-    how = how.model_copy(update={"n": options.n_heldout, "seed": seed})
-    heldout = sample(frames, native, how, progress=progress)
-    reference = evaluate_frames(
-        calculators["teacher"], heldout, progress=progress, description="Teacher on held-out"
-    )
-    unseen = _unseen(calculators["model"], heldout)
-    sampled = cert.Heldout(origin="sampled", reference="teacher", seed=seed, species_not_seen=unseen)
-    return heldout, reference, sampled
-
-
-def _unseen(calculator: Any, frames: Sequence[Atoms]) -> tuple[str, ...]:
-    """Species that are covered but do not occur."""
-    seen = {s for a in frames for s in a.get_chemical_symbols()}
-    return tuple(s for s in calculator.spec.species if s not in seen)
-
-
-def _calmest(frames: Sequence[Atoms], reference: Labels) -> Atoms:
-    """Return the structure with the smallest forces: nearest to where dynamics can start."""
-    largest = [float(np.abs(f).max()) if len(f) > 1 else np.inf for f in reference.forces]
-    return frames[int(np.argmin(largest))]
-
-
-def _typical(frames: Sequence[Atoms], reference: Labels, seed: int) -> Atoms:
-    """Return a structure with typical forces, displaced where it has none: symmetry would hide errors."""
-    species = [len(set(a.numbers)) for a in frames]
-    sizes = [float(np.sqrt(np.mean(f**2))) for f in reference.forces]
-    richest = [k for k in range(len(frames)) if species[k] == max(species)]
-    chosen = sorted(richest, key=lambda k: sizes[k])[len(richest) // 2]
-    atoms = frames[chosen].copy()
-    if sizes[chosen] < SMALL_FORCE:
-        atoms.set_constraint()
-        atoms.rattle(SMALL_DISPLACEMENT, rng=np.random.default_rng(seed))
-    return atoms
 
 
 def _speed(

@@ -314,7 +314,7 @@ def test_structures_without_meaning(calc: CompactMLIPCalculator, crystal: Atoms,
 
 
 def test_failed_calculation_leaves_no_results(calc: CompactMLIPCalculator, crystal: Atoms) -> None:
-    """Called directly, as some codes do; results of the last structure must not pass for those of this one."""
+    """Called directly, as some codes do: results of another structure must not pass for those of this one."""
     assert values(calc, crystal)
     broken = crystal.copy()
     broken.positions[0] = np.nan

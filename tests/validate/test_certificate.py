@@ -18,8 +18,9 @@ from pydantic import ValidationError
 from compactmlip import checkpoint
 from compactmlip.data.sample import SampleOptions
 from compactmlip.errors import CheckpointError, InputError, SpeciesError
-from compactmlip.validate import Certificate, Stage, Thresholds, ValidateOptions, run, validate
+from compactmlip.validate import Certificate, Stage, Thresholds, ValidateOptions, validate
 from compactmlip.validate.checks import Check, overall
+from compactmlip.validate.heldout import heldout_structures, typical
 from compactmlip.validate.parity import Labels, labels_of
 
 FAST = ValidateOptions(
@@ -172,7 +173,7 @@ def test_given_labels_are_the_reference(validated, files, tmp_path):
     assert certificate.teacher_parity.forces.mae == pytest.approx(0, abs=0.1)
     assert certificate.verdict == "fail" and certificate.teacher_nve is None
     report = (tmp_path / "report.html").read_text(encoding="utf-8")
-    assert "The labels are the teacher&#39;s own" in report
+    assert "the teacher against the same reference" in report
 
 
 def test_unusable_input_stops_before_any_work(files, tmp_path):
@@ -190,7 +191,9 @@ def test_sampling_needs_a_native_teacher(files, tmp_path):
     frames = [bulk("MgO", "rocksalt", a=4.2)]
     calculator = SimpleNamespace(spec=checkpoint.read_spec(files / "teacher.safetensors"))
     with pytest.raises(InputError, match="only be sampled with the teacher's checkpoint"):
-        run._heldout(frames, {"model": calculator, "teacher": calculator}, tmp_path / "t.pt", FAST, False)
+        heldout_structures(
+            frames, {"model": calculator, "teacher": calculator}, tmp_path / "t.pt", FAST, False
+        )
 
 
 def test_consistency_is_checked_where_forces_can_show_it():
@@ -198,8 +201,8 @@ def test_consistency_is_checked_where_forces_can_show_it():
     frames = [ideal, ideal, strained]
     zero, some = np.zeros((8, 3)), np.full((8, 3), 0.3)
     labels = Labels(np.zeros(3), (zero, some, np.full((1, 3), 9.0)), np.zeros((3, 6)))
-    assert run._typical(frames, labels, 0) == ideal
-    displaced = run._typical(frames[:1], labels, 0)
+    assert typical(frames, labels, 0) == ideal
+    displaced = typical(frames[:1], labels, 0)
     assert 0.02 < np.abs(displaced.positions - ideal.positions).mean() < 0.08
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from compactmlip.validate.nve import Trace
+from compactmlip.validate.parity import parity
 from compactmlip.validate.report import build_report
 from compactmlip.validate.report.formats import (
     file_size,
@@ -181,6 +182,11 @@ def test_teacher_is_compared_with_labels_that_are_not_its_own(evidence):
     words = Page(build_report(changed, data)).words
     assert "the teacher against the same reference" in words and "The model covers O, which" in words
     assert "Errors are relative to the teacher" not in words
+
+    exact = parity(data.frames, data.reference, data.reference)
+    own = Page(build_report(changed.model_copy(update={"teacher_parity": exact}), data)).words
+    assert "The labels are the teacher's own" in own and "Errors are relative to the teacher" in own
+    assert "the teacher against the same reference" not in own
 
 
 def test_same_input_same_report(evidence, html):

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 OWN_LABELS = 1.0
-"""meV/Angstrom; labels that the teacher reproduces better than this were made by it."""
+"""meV/Angstrom and meV/atom; labels that the teacher reproduces better than this were made by it."""
 
 
 def build_report(certificate: Certificate, data: ValidationData) -> str:
@@ -146,7 +146,9 @@ def _heldout_text(c: Certificate) -> str:
 def _is_teachers(c: Certificate) -> bool:
     """Whether the reference is the teacher, also if it came in as labels."""
     own = c.teacher_parity
-    return c.heldout.reference == "teacher" or (own is not None and own.forces.maximum < OWN_LABELS)
+    if own is None:
+        return c.heldout.reference == "teacher"
+    return own.forces.maximum < OWN_LABELS and own.energy.maximum < OWN_LABELS
 
 
 def _nve_text(c: Certificate) -> str:
