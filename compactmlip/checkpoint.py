@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from compactmlip.errors import CheckpointError
-from compactmlip.models import build, cast, model_dtype
+from compactmlip.models import build, cast, model_dtype, model_spec
 from compactmlip.spec import ModelSpec
 
 SPEC_KEY = "compactmlip"
@@ -78,7 +78,7 @@ def save(model: nn.Module, path: str | Path) -> Path:
     if path.suffix != ".safetensors":
         raise CheckpointError(f"{path}: a model is saved as *.safetensors; choose such a name.")
     dtype = "float64" if model_dtype(model) == torch.float64 else "float32"
-    spec = ModelSpec.model_validate({**_spec(model).model_dump(), "dtype": dtype})
+    spec = ModelSpec.model_validate({**model_spec(model).model_dump(), "dtype": dtype})
     tensors = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
     atomic_write(path, lambda p: save_file(tensors, str(p), metadata={SPEC_KEY: spec.to_json()}))
     return path
@@ -143,9 +143,3 @@ def _read(path: Path, *, with_tensors: bool) -> tuple[ModelSpec, dict[str, Tenso
             "upstream checkpoints are imported with 'compactmlip convert'."
         ) from error
     return spec, tensors
-
-
-def _spec(model: nn.Module) -> ModelSpec:
-    spec = model.spec
-    assert isinstance(spec, ModelSpec)
-    return spec

@@ -26,9 +26,9 @@ def describe(path: str | Path) -> dict[str, Any]:
     """
     path = Path(path)
     if path.suffix == ".pt":
-        from compactmlip.deploy.archive import load_deployed
+        from compactmlip.deploy.archive import inspect
 
-        kind, spec = "deployed TorchScript file", load_deployed(path)[1]
+        kind, spec = "deployed TorchScript file", inspect(path)[0]
     else:
         kind, spec = "checkpoint", checkpoint.read_spec(path)
     arch = NequIPArchitecture.model_validate(spec.architecture)

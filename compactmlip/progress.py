@@ -32,6 +32,7 @@ class Track:
         self.description, self.total, self.unit, self.enabled = description, total, unit, enabled
         self.done = 0.0
         self._note = ""
+        self._shown = -1.0
         self._bar: Progress | None = None
 
     def __enter__(self) -> Track:
@@ -64,7 +65,7 @@ class Track:
         return f"{self.done / elapsed:.3g} {self.unit}/s"
 
     def _line(self) -> None:
-        self._last_line = time.monotonic()
+        self._last_line, self._shown = time.monotonic(), self.done
         elapsed = self._last_line - self._start
         left = elapsed * (self.total / self.done - 1) if self.done else float("nan")
         share = 100 * self.done / self.total if self.total else 100
@@ -82,5 +83,7 @@ class Track:
     ) -> None:
         if self._bar is not None:
             self._bar.stop()
-        elif self.enabled and kind is None and time.monotonic() - self._start > 1.0:
+        elif (
+            self.enabled and kind is None and self.done > self._shown and time.monotonic() - self._start > 1.0
+        ):
             self._line()

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from compactmlip.channels import Mask
-from compactmlip.data.graph import GraphBatch, batches_by_edges, collate, energy_and_derivatives
+from compactmlip.data.graph import MAX_EDGES, GraphBatch, batches_by_edges, collate, energy_and_derivatives
 from compactmlip.errors import InputError
 from compactmlip.models import channel_graph, model_dtype
 from compactmlip.models.nequip import Features, NequIP
@@ -109,7 +109,7 @@ def compensate(
     *,
     groups: Sequence[object] | None = None,
     num_folds: int = 5,
-    max_edges: int = 20000,
+    max_edges: int = MAX_EDGES,
     seed: int = 0,
     progress: bool = False,
 ) -> Compensation:

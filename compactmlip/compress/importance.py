@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from compactmlip.data.graph import GraphBatch, batches_by_edges, collate
+from compactmlip.data.graph import MAX_EDGES, GraphBatch, batches_by_edges, collate
 from compactmlip.errors import InputError
 from compactmlip.models import channel_graph, model_dtype, model_spec
 from compactmlip.progress import Track
@@ -19,7 +19,7 @@ Scores = dict[str, NDArray[np.float64]]
 
 
 def taylor_importance(
-    model: nn.Module, graphs: Iterable[GraphBatch], *, max_edges: int = 20000, progress: bool = False
+    model: nn.Module, graphs: Iterable[GraphBatch], *, max_edges: int = MAX_EDGES, progress: bool = False
 ) -> Scores:
     """First-order Taylor importance of every channel that has a feature.
 

@@ -12,13 +12,17 @@ from ase import Atoms
 from ase.calculators.calculator import Calculator, all_changes
 from torch import Tensor, nn
 
-from compactmlip.data.graph import GraphBatch, build_graph, check_structure, collate, energy_and_derivatives
+from compactmlip.data.graph import (
+    MAX_EDGES,
+    GraphBatch,
+    build_graph,
+    check_structure,
+    collate,
+    energy_and_derivatives,
+)
 from compactmlip.errors import CompactMLIPError, InputError, SpeciesError, UnsupportedFeatureError
 from compactmlip.models import model_dtype, model_spec
 from compactmlip.spec import ModelSpec
-
-MAX_EDGES = 20000
-"""Default number of directed edges per batch: a few hundred MB for the largest teachers."""
 
 
 @dataclass(frozen=True)

@@ -202,14 +202,12 @@ def _load(source: Path | nn.Module, device: str, dtype: DTypeName | None) -> _En
 
 
 def _native(model: nn.Module, device: torch.device, dtype: DTypeName | None) -> _Engine:
-    from compactmlip.models import cast, model_dtype
+    from compactmlip.models import cast, model_dtype, model_spec
 
     model = model.to(device).eval().requires_grad_(False)
     if dtype is not None:
         model = cast(model, DTYPES[dtype])
-    spec = model.spec
-    assert isinstance(spec, ModelSpec)
-    return _Engine(spec, model, model_dtype(model), device)
+    return _Engine(model_spec(model), model, model_dtype(model), device)
 
 
 @torch.inference_mode(False)

@@ -28,7 +28,7 @@ from compactmlip.deploy.archive import (
 )
 from compactmlip.deploy.selfcheck import TOLERANCES, SelfChecker
 from compactmlip.errors import CheckpointError, InputError, did_you_mean
-from compactmlip.models import cast
+from compactmlip.models import cast, model_spec
 from compactmlip.models.linear import ScaledWeight
 from compactmlip.spec import DTypeName, ModelSpec
 
@@ -184,7 +184,6 @@ def _save(traced: torch.jit.ScriptModule, path: Path, entries: dict[str, str] | 
 
 
 def _deployed_spec(model: nn.Module, dtype: DTypeName) -> ModelSpec:
-    spec = model.spec
-    assert isinstance(spec, ModelSpec)
+    spec = model_spec(model)
     provenance = spec.provenance.then("compile", dtype=dtype)
     return spec.model_copy(update={"dtype": dtype, "provenance": provenance})

@@ -81,7 +81,9 @@ def _distorted_grid(
 ) -> Atoms:
     """Atoms about a bond length apart on a sheared, rattled simple cubic grid."""
     radii = [covalent_radii[atomic_numbers[s]] for s in symbols]
-    spacing = float(np.clip(2.2 * np.mean(radii), 1.2, 0.7 * cutoff))
+    # An element on a simple cubic grid needs more room than a compound, or its energy is meaningless.
+    room = 2.2 if len(set(symbols)) > 1 else 3.0
+    spacing = float(np.clip(room * np.mean(radii), 1.2, 0.7 * cutoff))
     shear = np.eye(3) + np.triu(rng.uniform(-0.2, 0.2, (3, 3)), 1)
     cell = spacing * np.diag(shape) @ shear
     atoms = Atoms(symbols, scaled_positions=np.indices(shape).reshape(3, -1).T / shape, cell=cell, pbc=pbc)

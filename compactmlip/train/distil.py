@@ -13,8 +13,7 @@ from ase import Atoms
 from torch import nn
 
 from compactmlip import checkpoint
-from compactmlip.models import cast
-from compactmlip.spec import ModelSpec
+from compactmlip.models import cast, model_spec, record_step
 from compactmlip.train.dataset import Dataset
 from compactmlip.train.loop import fit
 from compactmlip.train.metrics import Errors, evaluate
@@ -97,8 +96,7 @@ def distil(
     """
     dtype = checkpoint.DTYPES[options.dtype]
     model = cast(copy.deepcopy(student), dtype).requires_grad_(True)
-    spec = model.spec
-    assert isinstance(spec, ModelSpec)
+    spec = model_spec(model)
     train = Dataset.from_frames(train_frames, spec, dtype, "the training set")
     valid = Dataset.from_frames(valid_frames, spec, dtype, "the validation set")
     folder = RunFolder(out_dir, fingerprint(model, (train, valid), options, "distil"))
@@ -122,8 +120,6 @@ def _finish(
             parameter.copy_(state.best[name])
     best.requires_grad_(True)
     errors = evaluate(best, valid)
-    spec = best.spec
-    assert isinstance(spec, ModelSpec)
     done = {
         "train_frames": len(train.structures),
         "valid_frames": len(valid.structures),
@@ -131,7 +127,6 @@ def _finish(
         "stopped_because": counters.stopped,
         "valid_errors": errors.row(),
     }
-    steps = spec.provenance.then("distil", **options.model_dump(mode="json"), **done)
-    best.spec = spec.model_copy(update={"provenance": steps})
+    record_step(best, "distil", **options.model_dump(mode="json"), **done)
     checkpoint.save(best, folder.path / BEST_FILE)
     return DistilResult(best, counters.history, counters.best_epoch, counters.stopped, errors)

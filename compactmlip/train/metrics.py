@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from compactmlip.train.dataset import Dataset
 from compactmlip.train.loss import Residuals, residuals
 
-EVALUATION_ATOMS, EVALUATION_EDGES = 256, 8192
-"""Batch size of evaluations; small enough for the cache and the memory of a laptop."""
+EVALUATION_ATOMS, EVALUATION_EDGES = 64, 2000
+"""Batch size of evaluations; small enough for the cache."""
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from compactmlip.checkpoint import atomic_write
 from compactmlip.errors import CheckpointError, InputError
-from compactmlip.spec import ModelSpec
+from compactmlip.models import model_spec
 from compactmlip.train.dataset import Dataset
 from compactmlip.train.ema import WeightAverage
 from compactmlip.train.loss import LossTerms
@@ -225,8 +225,7 @@ class RunFolder:
 
 def fingerprint(model: nn.Module, datasets: Sequence[Dataset], options: TrainOptions, *more: Any) -> str:
     """Digest of model, data and options: two runs with the same digest are the same run."""
-    spec = model.spec
-    assert isinstance(spec, ModelSpec)
+    spec = model_spec(model)
     settings = options.model_dump(mode="json", exclude=set(BOOKKEEPING))
     digest = hashlib.sha256(json.dumps([spec.to_json(), settings, *more], sort_keys=True).encode())
     tensors = list(model.state_dict().values())
