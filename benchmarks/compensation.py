@@ -164,8 +164,8 @@ def general(teacher: nn.Module, options: Namespace) -> str:
             rows.append([title, *compare(teacher, TARGETS[title], calibration, held_out, groups)])
     species = {s for a in frames for s in a.get_chemical_symbols()}
     return (
-        f"Frames of at most {options.max_atoms} atoms, {len(species)} species; held out: {len(test)} frames of "
-        f"trajectories not used for calibration, mean |F| {held_out.mean_force:.0f} meV/A.\n\n"
+        f"Frames of at most {options.max_atoms} atoms, {len(species)} species; held out: {len(test)} frames "
+        f"of trajectories not used for calibration, mean |F| {held_out.mean_force:.0f} meV/A.\n\n"
         + table(COLUMNS, rows)
     )
 

@@ -145,20 +145,19 @@ def compensate(
     plain = _force_rmse(pruned, check, reference)
     best: float | None = None
     error = plain
-    num_stages = len(list(linear_stages(pruned)))
-    with Track("compensation", 2 * len(batches) * num_stages, "batches", enabled=progress) as track:
-        for damping in DAMPINGS:
-            candidate = _copy(pruned)
-            _refit_all(candidate, original, columns, fit, damping, track)
-            found = _force_rmse(candidate, check, reference)
-            if found < error:
-                best, error = damping, found
-            elif best is not None:
-                break
-        if best is None:
-            return Compensation(pruned, None, plain, plain, ())
-        model = _copy(pruned)
-        fits = _refit_all(model, original, columns, list(zip(batches, owners, strict=True)), best, track)
+    for damping in DAMPINGS:
+        candidate = _copy(pruned)
+        _refit_all(candidate, original, columns, fit, damping, "compensation, trial", progress)
+        found = _force_rmse(candidate, check, reference)
+        if found < error:
+            best, error = damping, found
+        elif best is not None:
+            break
+    if best is None:
+        return Compensation(pruned, None, plain, plain, ())
+    model = _copy(pruned)
+    everything = list(zip(batches, owners, strict=True))
+    fits = _refit_all(model, original, columns, everything, best, "compensation", progress)
     return Compensation(model, best, plain, error, tuple(fits))
 
 
@@ -207,19 +206,22 @@ def _refit_all(
     columns: Mapping[str, Tensor],
     data: Sequence[tuple[GraphBatch, int]],
     damping: float,
-    track: Track,
+    title: str,
+    progress: bool,
 ) -> list[StageFit]:
     """Walk both models stage by stage; change the student in place."""
     batches, folds = [batch for batch, _ in data], [fold for _, fold in data]
     students = [start(student, batch) for batch in batches]
     teachers = [start(teacher, batch) for batch in batches]
     fits: list[StageFit] = []
-    for stage, source in zip(linear_stages(student), linear_stages(teacher), strict=True):
-        targets = [source.evaluate(state, source.inputs(state)) for state in teachers]
-        fits += _refit_stage(student, stage, students, targets, columns, folds, damping)
-        teachers = [source.advance(s, y) for s, y in zip(teachers, targets, strict=True)]
-        students = [stage.advance(s, stage.evaluate(s, stage.inputs(s))) for s in students]
-        track.advance(len(batches))
+    stages = list(zip(linear_stages(student), linear_stages(teacher), strict=True))
+    with Track(title, len(stages), "stages", enabled=progress) as track:
+        for stage, source in stages:
+            targets = [source.evaluate(state, source.inputs(state)) for state in teachers]
+            fits += _refit_stage(student, stage, students, targets, columns, folds, damping)
+            teachers = [source.advance(s, y) for s, y in zip(teachers, targets, strict=True)]
+            students = [stage.advance(s, stage.evaluate(s, stage.inputs(s))) for s in students]
+            track.advance(1)
     return fits
 
 
