@@ -66,8 +66,10 @@ def test_float32_parity(case: tuple[nn.Module, dict[str, np.ndarray]]) -> None:
     model, reference = case
     energies, forces, stress, sizes = _evaluate(cast(deepcopy(model), torch.float32), torch.float32)
     owner = np.repeat(np.arange(len(sizes)), sizes)
+    # Energies of isolated atoms, which were not trained on, are small differences of large numbers.
+    of_energy = np.where(reference["n_edges"] == 0, 1e-5, 1e-6)
     for name, values, tolerance in (
-        ("energy", energies, 1e-6),
+        ("energy", energies, of_energy),
         ("forces", forces, 1e-5),
         ("stress", stress, 1e-6),
     ):
