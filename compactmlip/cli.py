@@ -10,6 +10,20 @@ from typing import Annotated, Any
 import typer
 
 from compactmlip import __version__
+from compactmlip.cli_types import (
+    AsJSON,
+    Config,
+    Device,
+    Keys,
+    Modality,
+    Output,
+    Seed,
+    Settings,
+    Species,
+    Structures,
+    Teacher,
+    To,
+)
 from compactmlip.errors import CompactMLIPError, InputError
 
 INTERRUPTED = 130
@@ -22,24 +36,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-
-Output = Annotated[Path | None, typer.Option("-o", "--output", help="File or folder to write.")]
-Config = Annotated[Path | None, typer.Option("--config", help="YAML file with options; flags override it.")]
-Settings = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Any other option, for instance distil.lr=0.003."),
-]
-Seed = Annotated[int | None, typer.Option(help="Seed of all random numbers.")]
-AsJSON = Annotated[bool, typer.Option("--json", help="Print the result as JSON, and no progress.")]
-Structures = Annotated[list[Path], typer.Argument(help="Structure files, anything that ASE reads.")]
-Teacher = Annotated[str, typer.Option(help="Name (7net-l3i5, ...) or checkpoint file.")]
-Modality = Annotated[str | None, typer.Option(help="Level of theory, for models that have several.")]
-Species = Annotated[str | None, typer.Option(help="Species to keep, for instance Mg,O.")]
-To = Annotated[
-    str | None,
-    typer.Option("--to", help="Channels per order, for instance 64x0+32x1+16x2; per layer with commas."),
-]
-Keys = Annotated[str | None, typer.Option(metavar="KEY", help="Label name in the file.")]
 
 
 def main() -> None:
@@ -124,6 +120,7 @@ def sample(
     output: Output = None,
     number: Annotated[int | None, typer.Option("-n", help="Number of structures.")] = None,
     modality: Modality = None,
+    device: Device = "cpu",
     seed: Seed = None,
     config: Config = None,
     settings: Settings = None,
@@ -137,7 +134,7 @@ def sample(
     options = resolve(SampleOptions, config, settings or [], n=number, seed=seed)
     frames = read_structures(structures)
     path = output or Path("samples.xyz")
-    made = run(frames, _teacher_for(teacher, modality, frames), options, progress=not as_json)
+    made = run(frames, _teacher_for(teacher, modality, frames, device), options, progress=not as_json)
     write_labelled(path, made)
     _result(as_json, f"wrote {len(made)} structures to {path}", output=path, structures=len(made))
 
@@ -148,6 +145,7 @@ def label(
     teacher: Teacher = "7net-l3i5",
     output: Output = None,
     modality: Modality = None,
+    device: Device = "cpu",
     as_json: AsJSON = False,
 ) -> None:
     """Compute teacher energies, forces and stresses; continues after an interruption."""
@@ -156,7 +154,7 @@ def label(
 
     frames = read_structures(structures)
     path = output or Path("labelled.xyz")
-    done = run(frames, _teacher_for(teacher, modality, frames), path, progress=not as_json)
+    done = run(frames, _teacher_for(teacher, modality, frames, device), path, progress=not as_json)
     _result(as_json, f"wrote {len(done)} labelled structures to {path}", output=path, structures=len(done))
 
 
@@ -173,10 +171,14 @@ def prune(
     compensate: Annotated[bool, typer.Option(help="Refit linear maps in closed form.")] = True,
     radial_hidden: Annotated[int | None, typer.Option(help="Units to keep in the radial networks.")] = None,
     readout_hidden: Annotated[int | None, typer.Option(help="Units to keep in the readout.")] = None,
+    odd_paths: Annotated[
+        bool, typer.Option(help="Keep tensor-product paths that break inversion symmetry.")
+    ] = False,
     group_key: Annotated[
         str | None,
         typer.Option(help="info key naming the material of a frame; validates the refit across materials."),
     ] = None,
+    device: Device = "cpu",
     seed: int = 0,
     as_json: AsJSON = False,
 ) -> None:
@@ -186,12 +188,13 @@ def prune(
     from compactmlip.compress.compress import compress
     from compactmlip.data.graph import build_graph
     from compactmlip.data.read import read_structures
+    from compactmlip.deploy.archive import usable_device
     from compactmlip.families import load_model
     from compactmlip.models import model_dtype
 
     frames = read_structures(calibration)
     teacher: Any = load_model(model, modality=modality, dtype=None)
-    teacher = keep_species(teacher, _symbols(species) or _present(frames))
+    teacher = keep_species(teacher, _symbols(species) or _present(frames)).to(usable_device(device))
     graphs = [build_graph(a, teacher.spec, model_dtype(teacher)) for a in frames]
     groups = None
     if group_key is not None:
@@ -205,6 +208,7 @@ def prune(
         to or "64x0+32x1+16x2",
         radial_hidden=radial_hidden,
         readout_hidden=readout_hidden,
+        odd_paths=odd_paths,
         with_compensation=compensate,
         groups=groups,
         seed=seed,
@@ -233,6 +237,7 @@ def distil(
     energy_key: Keys = None,
     forces_key: Keys = None,
     stress_key: Keys = None,
+    device: Device = "cpu",
     seed: Seed = None,
     config: Config = None,
     settings: Settings = None,
@@ -242,6 +247,7 @@ def distil(
     from compactmlip import checkpoint
     from compactmlip.config import resolve
     from compactmlip.data.read import read_labelled
+    from compactmlip.deploy.archive import usable_device
     from compactmlip.train.distil import DistilOptions, distil as run
 
     if minutes is not None and epochs is None:
@@ -254,7 +260,8 @@ def distil(
     frames = [read_labelled(path, **keys) for path in (train, valid)]
     path = output or Path("distilled.safetensors")
     folder = path.with_suffix(".training")
-    result = run(checkpoint.load(student), frames[0], frames[1], options, folder, not as_json)
+    model = checkpoint.load(student).to(usable_device(device))
+    result = run(model, frames[0], frames[1], options, folder, not as_json)
     checkpoint.save(result.model, path)
     _result(as_json, f"wrote {path}: {result.errors} on {valid}", output=path, **result.errors.row())
 
@@ -283,6 +290,7 @@ def validate(
         typer.Option("--structure", help="Held-out labelled structures, or structures to sample from."),
     ],
     output: Output = None,
+    device: Annotated[str | None, typer.Option(help="Where to compute: cpu, cuda, ...")] = None,
     seed: Seed = None,
     config: Config = None,
     settings: Settings = None,
@@ -293,7 +301,7 @@ def validate(
     from compactmlip.data.read import read_structures
     from compactmlip.validate.run import ValidateOptions, validate as run
 
-    options = resolve(ValidateOptions, config, settings or [], seed=seed)
+    options = resolve(ValidateOptions, config, settings or [], seed=seed, device=device)
     folder = output or Path("validation")
     certificate = run(model, teacher, read_structures(structure), options, folder, progress=not as_json)
     text = f"{certificate.verdict}: see {folder / 'report.html'} and {folder / 'certificate.json'}"
@@ -311,6 +319,7 @@ def specialize(
     number: Annotated[int | None, typer.Option("-n", help="Number of structures to sample.")] = None,
     minutes: Annotated[float | None, typer.Option(help="Time for everything.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32 or float64.")] = None,
+    device: Annotated[str | None, typer.Option(help="Where to compute: cpu, cuda, ...")] = None,
     seed: Seed = None,
     config: Config = None,
     settings: Settings = None,
@@ -327,6 +336,7 @@ def specialize(
         "sample__n": number,
         "minutes": minutes,
         "dtype": dtype,
+        "device": device,
         "seed": seed,
     }
     _specialize(
@@ -383,12 +393,14 @@ def _present(frames: list[Any]) -> tuple[str, ...]:
     return tuple(sorted({s for a in frames for s in a.get_chemical_symbols()}))
 
 
-def _teacher_for(name: str, modality: str | None, frames: list[Any]) -> Any:
+def _teacher_for(name: str, modality: str | None, frames: list[Any], device: str) -> Any:
     """Load a teacher and drop the species that the structures do not have."""
     from compactmlip.compress.apply import keep_species
+    from compactmlip.deploy.archive import usable_device
     from compactmlip.families import load_model
 
-    return keep_species(load_model(name, modality=modality, dtype=None), _present(frames))
+    model = keep_species(load_model(name, modality=modality, dtype=None), _present(frames))
+    return model.to(usable_device(device))
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ from compactmlip.data.label import label
 from compactmlip.data.read import read_labelled, write_labelled
 from compactmlip.data.sample import SampleOptions, sample
 from compactmlip.data.select import split
+from compactmlip.deploy.archive import usable_device
 from compactmlip.deploy.compile import compile_model
 from compactmlip.errors import InputError
 from compactmlip.families import load_model
@@ -39,7 +40,7 @@ from compactmlip.train.metrics import evaluate
 from compactmlip.validate.certificate import Certificate, Stage
 from compactmlip.validate.run import ValidateOptions, validate
 
-VALIDATION_SHARE = 0.2
+VALIDATION_SHARE = 0.3
 """Share of the time budget that is kept for compiling and validating."""
 
 SHORTEST_TRAINING = 0.5
@@ -56,13 +57,15 @@ class SpecializeOptions(BaseModel):
     to: str = Field("64x0+32x1+16x2", description="channels per order to keep, for all layers or each")
     radial_hidden: int | None = Field(None, ge=1, description="units to keep in the radial networks")
     readout_hidden: int | None = Field(None, ge=1, description="units to keep in the readout")
+    odd_paths: bool = Field(False, description="keep paths that break inversion symmetry")
     compensate: bool = Field(True, description="refit linear maps in closed form after cutting")
     minutes: float = Field(12.0, gt=0, description="time for everything; training gets what is left")
     dtype: DTypeName = Field("float32", description="precision of the deployed file")
+    device: str = Field("cpu", description="where to compute: cpu, cuda, cuda:1, ...")
     seed: int = Field(0, ge=0)
     sample: SampleOptions = SampleOptions()
     distil: DistilOptions = DistilOptions(max_epochs=None, max_minutes=5.0)
-    validation: ValidateOptions = ValidateOptions()
+    validation: ValidateOptions = ValidateOptions(nve_seconds=90.0, teacher_nve_seconds=20.0)
 
 
 class Folder:
@@ -202,6 +205,7 @@ class _Run:
             self.options.to,
             radial_hidden=self.options.radial_hidden,
             readout_hidden=self.options.readout_hidden,
+            odd_paths=self.options.odd_paths,
             with_compensation=self.options.compensate,
             seed=self.options.seed,
             progress=self.progress,
@@ -252,7 +256,7 @@ class _Run:
             self.folder / "model.pt",
             self.folder / "teacher.safetensors",
             self._frames("test"),
-            self._seeded(self.options.validation),
+            self._seeded(self.options.validation).model_copy(update={"device": self.options.device}),
             self.folder.path,
             self._stages(),
             progress=self.progress,
@@ -300,7 +304,7 @@ class _Run:
         )
 
     def _load(self, name: str) -> nn.Module:
-        return checkpoint.load(self.folder / f"{name}.safetensors")
+        return checkpoint.load(self.folder / f"{name}.safetensors").to(usable_device(self.options.device))
 
     def _frames(self, name: str) -> list[Atoms]:
         return read_labelled(self.folder / f"{name}.xyz")

@@ -24,7 +24,7 @@ def _number(value: float | None, form: str = ".1f") -> str:
 
 def _stages(certificate: Certificate) -> Table:
     table = Table(title="Held-out errors against the teacher (mean absolute)", title_justify="left")
-    table.add_column("model")
+    table.add_column("model", no_wrap=True)
     for column in ("parameters", "MB", "E meV/atom", "F meV/A", "S meV/A^3"):
         table.add_column(column, justify="right")
     for row in certificate.stages:

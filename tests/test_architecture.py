@@ -24,7 +24,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("train",),
     ("validate",),
     ("specialize", "summary", "info"),
-    ("cli",),
+    ("cli_types", "cli"),
 )
 """A module imports from its own layer and those above it in this list, never from those below."""
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from compactmlip.channels import Mask
 from compactmlip.errors import InputError, unknown_species_error
-from compactmlip.models import build, cast, channel_graph, model_dtype, model_spec, pruned_spec
+from compactmlip.models import build, cast, channel_graph, model_device, model_dtype, model_spec, pruned_spec
 
 
 def prune(model: nn.Module, masks: Mapping[str, Mask]) -> nn.Module:
@@ -39,7 +39,7 @@ def prune(model: nn.Module, masks: Mapping[str, Mask]) -> nn.Module:
     old, new = model.state_dict(), smaller.state_dict()
     kept = graph.kept_indices(complete)
     smaller.load_state_dict({name: _take(old[name], kept[name]) for name in new})
-    return smaller.train(model.training)
+    return smaller.to(model_device(model)).train(model.training)
 
 
 def keep_species(model: nn.Module, symbols: Iterable[str]) -> nn.Module:

@@ -9,6 +9,7 @@ held-out structures; "no change" is always among the choices.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from compactmlip.channels import Mask
 from compactmlip.data.graph import MAX_EDGES, GraphBatch, batches_by_edges, collate, energy_and_derivatives
 from compactmlip.errors import InputError
-from compactmlip.models import channel_graph, model_dtype
+from compactmlip.models import channel_graph, model_device, model_dtype
 from compactmlip.models.nequip import Features, NequIP
 from compactmlip.models.nequip_stages import (
     LinearStage,
@@ -138,7 +139,7 @@ def compensate(
     assert isinstance(pruned, NequIP) and isinstance(original, NequIP)
     folds = split_folds(len(graphs), groups, num_folds, seed)
     columns = _kept_columns(original, masks)
-    batches, owners = _fold_batches(graphs, folds, max_edges, model_dtype(pruned))
+    batches, owners = _fold_batches(graphs, folds, max_edges, pruned)
     check = [batch for batch, fold in zip(batches, owners, strict=True) if fold == 0]
     fit = [(batch, fold) for batch, fold in zip(batches, owners, strict=True) if fold != 0]
     reference = [energy_and_derivatives(original, batch).forces for batch in check]
@@ -146,7 +147,7 @@ def compensate(
     best: float | None = None
     error = plain
     for damping in DAMPINGS:
-        candidate = _copy(pruned)
+        candidate = copy.deepcopy(pruned)
         _refit_all(candidate, original, columns, fit, damping, "compensation, trial", progress)
         found = _force_rmse(candidate, check, reference)
         if found < error:
@@ -155,21 +156,22 @@ def compensate(
             break
     if best is None:
         return Compensation(pruned, None, plain, plain, ())
-    model = _copy(pruned)
+    model = copy.deepcopy(pruned)
     everything = list(zip(batches, owners, strict=True))
     fits = _refit_all(model, original, columns, everything, best, "compensation", progress)
     return Compensation(model, best, plain, error, tuple(fits))
 
 
 def _fold_batches(
-    graphs: Sequence[GraphBatch], folds: NDArray[np.int64], max_edges: int, dtype: torch.dtype
+    graphs: Sequence[GraphBatch], folds: NDArray[np.int64], max_edges: int, model: nn.Module
 ) -> tuple[list[GraphBatch], list[int]]:
-    """Batches that hold structures of one fold each."""
+    """Batches that hold structures of one fold each, where and how the model computes."""
+    device, dtype = model_device(model), model_dtype(model)
     batches, owners = [], []
     for fold in np.unique(folds):
         part = [g for g, f in zip(graphs, folds, strict=True) if f == fold]
         for indices in batches_by_edges(part, max_edges):
-            batches.append(collate([part[k] for k in indices]).to(dtype=dtype))
+            batches.append(collate([part[k] for k in indices]).to(device, dtype))
             owners.append(int(fold))
     return batches, owners
 
@@ -179,15 +181,6 @@ def _kept_columns(original: NequIP, masks: Mapping[str, Mask]) -> dict[str, Tens
     graph = channel_graph(original.spec)
     kept = graph.kept_indices(graph.complete(masks))
     return {name: torch.as_tensor(axes[-1]) for name, axes in kept.items() if name.endswith(".weight")}
-
-
-def _copy(model: NequIP) -> NequIP:
-    copy = NequIP(model.spec)
-    from compactmlip.models import cast
-
-    cast(copy, model_dtype(model))
-    copy.load_state_dict(model.state_dict())
-    return copy.train(model.training)
 
 
 def _force_rmse(model: nn.Module, batches: Sequence[GraphBatch], reference: Sequence[Tensor]) -> float:
@@ -247,9 +240,9 @@ def _refit_stage(
             blocks = [x[l] for x, m in zip(inputs, maps, strict=True) if block_weight(m, l) is not None]
             kept = _target_columns(stage, maps, columns, l)
             design = torch.cat([b.flatten(0, 1) for b in blocks if b is not None], dim=1).double()
-            goal = wanted.index_select(-1, kept).flatten(0, 1).double()
+            goal = wanted.index_select(-1, kept.to(wanted.device)).flatten(0, 1).double()
             if fold not in sums[l]:
-                sums[l][fold] = _Sums(design.shape[1], goal.shape[1])
+                sums[l][fold] = _Sums(design, goal)
             sums[l][fold].add(design, goal - now.flatten(0, 1).double(), goal)
     fits = []
     for l, by_fold in enumerate(sums):
@@ -274,9 +267,9 @@ def _target_columns(
 class _Sums:
     """Normal equations of one least-squares problem, summed over batches in float64."""
 
-    def __init__(self, num_inputs: int, num_outputs: int) -> None:
-        self.gram = torch.zeros(num_inputs, num_inputs, dtype=torch.float64)
-        self.moment = torch.zeros(num_inputs, num_outputs, dtype=torch.float64)
+    def __init__(self, design: Tensor, goal: Tensor) -> None:
+        self.gram = design.new_zeros(design.shape[1], design.shape[1])
+        self.moment = design.new_zeros(design.shape[1], goal.shape[1])
         self.square = self.scale = 0.0
 
     def add(self, design: Tensor, residual: Tensor, goal: Tensor) -> None:

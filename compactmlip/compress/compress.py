@@ -51,6 +51,7 @@ def compress(
     *,
     radial_hidden: int | None = None,
     readout_hidden: int | None = None,
+    odd_paths: bool = False,
     with_compensation: bool = True,
     groups: Sequence[object] | None = None,
     seed: int = 0,
@@ -68,6 +69,9 @@ def compress(
         Channels per order: ``"64x0+32x1"`` for all layers, or one per layer separated by commas.
     radial_hidden, readout_hidden
         Units to keep in the radial networks and in the readout; all by default.
+    odd_paths
+        Keep tensor-product paths with odd l1 + l2 + l3.  Models that have them (SevenNet) break inversion
+        symmetry; cutting them restores it exactly, and with compensation costs next to no accuracy.
     with_compensation
         Refit the remaining linear maps (:func:`compactmlip.compress.compensate.compensate`).
     groups
@@ -80,13 +84,20 @@ def compress(
     """
     spec = model_spec(teacher)
     wanted = parse_target(target, spec.num_message_passing_layers)
-    sizes = target_sizes(spec, wanted, radial_hidden=radial_hidden, readout_hidden=readout_hidden)
+    sizes = target_sizes(
+        spec,
+        wanted,
+        radial_hidden=radial_hidden,
+        readout_hidden=readout_hidden,
+        odd_paths=odd_paths,
+    )
     scores = taylor_importance(teacher, _some(graphs, seed), progress=progress)
     masks = top_channels(spec, sizes, scores)
     if all(mask.all() for mask in masks.values()):
         raise InputError(f"the target '{target}' cuts nothing from this model; ask for fewer channels.")
     sliced = prune(teacher, masks)
-    record_step(sliced, "prune", target=target, importance="taylor", structures=len(graphs))
+    done = {"target": target, "odd_paths": odd_paths, "importance": "taylor", "structures": len(graphs)}
+    record_step(sliced, "prune", **done)
     if not with_compensation:
         return Compressed(sliced, None, scores)
     refit = compensate(sliced, teacher, masks, graphs, groups=groups, seed=seed, progress=progress)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from compactmlip.data.graph import MAX_EDGES, GraphBatch, batches_by_edges, collate
 from compactmlip.errors import InputError
-from compactmlip.models import channel_graph, model_dtype, model_spec
+from compactmlip.models import channel_graph, model_device, model_dtype, model_spec
 from compactmlip.progress import Track
 
 Scores = dict[str, NDArray[np.float64]]
@@ -53,7 +53,7 @@ def taylor_importance(
     num_atoms = sum(len(g.species) for g in graphs)
     with Track("importance", num_atoms, enabled=progress) as track:
         for indices in batches_by_edges(graphs, max_edges):
-            batch = collate([graphs[k] for k in indices]).to(dtype=model_dtype(model))
+            batch = collate([graphs[k] for k in indices]).to(model_device(model), model_dtype(model))
             for name, score in _batch_scores(model, batch).items():
                 totals[name] += score
             track.advance(len(batch.species))
@@ -90,5 +90,5 @@ def _batch_scores(model: nn.Module, batch: GraphBatch) -> Scores:
         if name.rpartition("/")[0].rpartition(".")[0].endswith("radial"):
             owner = structure_of_edge
         total = product.new_zeros(len(batch.num_atoms), product.shape[-1]).index_add(0, owner, product)
-        scores[name] = total.abs().sum(dim=0).numpy()
+        scores[name] = total.abs().sum(dim=0).cpu().numpy()
     return scores

@@ -11,6 +11,7 @@ from compactmlip.compress.importance import Scores
 from compactmlip.errors import InputError
 from compactmlip.models import channel_graph
 from compactmlip.models.nequip import NequIPArchitecture
+from compactmlip.models.nequip_channels import path_group
 from compactmlip.spec import ModelSpec
 
 
@@ -36,13 +37,15 @@ def target_sizes(
     *,
     radial_hidden: int | None = None,
     readout_hidden: int | None = None,
+    odd_paths: bool = True,
 ) -> dict[str, int]:
     """Number of channels to keep in each group.
 
     The channels of layer t's output are ``target[t]``, never more than there are; the last layer keeps
     only the orders that it has.  The embedding gets the scalars of the first layer, and the
     neighbours' features as many channels as enter the layer.  Spherical harmonics above the largest
-    order of the target are dropped.
+    order of the target are dropped.  Without ``odd_paths``, so are the tensor-product paths with odd
+    l1 + l2 + l3: they change sign under inversion, and without them the energy is exactly invariant.
 
     Raises
     ------
@@ -67,6 +70,8 @@ def target_sizes(
                 sizes[f"layers.{t}.out/{l}"] = out[l]
         for k, available in enumerate(layer.radial_hidden):
             sizes[f"layers.{t}.radial.{k}/0"] = min(available, radial_hidden or available)
+        if not odd_paths:
+            sizes |= {path_group(t, path): int(sum(path) % 2 == 0) for path in layer.paths}
         into = out
     sizes["readout.hidden/0"] = min(arch.readout_hidden, readout_hidden or arch.readout_hidden)
     return sizes

@@ -76,6 +76,11 @@ def model_dtype(model: nn.Module) -> torch.dtype:
     return next(model.parameters()).dtype
 
 
+def model_device(model: nn.Module) -> torch.device:
+    """Device that a model's parameters are on."""
+    return next(model.parameters()).device
+
+
 def model_spec(model: nn.Module) -> ModelSpec:
     """Spec of a native model.
 

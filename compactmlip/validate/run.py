@@ -49,7 +49,7 @@ class ValidateOptions(HeldoutOptions):
     temperature_K: float = Field(300.0, gt=0)
     timestep_fs: float = Field(1.0, gt=0)
     nve_ps: float = Field(4.0, gt=0, description="longest NVE run of the model, ps")
-    nve_seconds: float = Field(30.0, gt=0, description="time for the model's NVE run, s")
+    nve_seconds: float = Field(60.0, gt=0, description="time for the model's NVE run, s")
     teacher_nve_seconds: float = Field(15.0, ge=0, description="time for the teacher's NVE run, s; 0: none")
     speed_seconds: float = Field(12.0, gt=0, description="time for each size of the speed comparison, s")
     sizes: tuple[int, ...] = Field((64, 216), description="about how many atoms speed is measured on")

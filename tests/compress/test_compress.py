@@ -214,4 +214,21 @@ def test_compensation_is_deterministic(small_model: nn.Module) -> None:
 
 def test_nothing_to_cut(small_model: nn.Module) -> None:
     with pytest.raises(InputError, match="cuts nothing"):
-        compress(small_model, _graphs(small_model, 2), "99x0+99x1+99x2+99x3")
+        compress(small_model, _graphs(small_model, 2), "99x0+99x1+99x2+99x3", odd_paths=True)
+
+
+def test_cutting_odd_paths_restores_inversion_symmetry(small_model: nn.Module) -> None:
+    """In a chiral structure an SO(3) model differs from its mirror image; without odd paths it cannot."""
+    atoms = _frames(1)[0]
+    atoms.symbols[:3] = "CHO"
+    mirrored = contract.transformed(atoms, -np.eye(3))
+    graphs = _graphs(small_model, 4)
+    differences = []
+    for odd_paths in (True, False):
+        model = compress(small_model, graphs, "6x0+5x1+3x2", odd_paths=odd_paths).model
+        one, two = contract.evaluate(model, atoms), contract.evaluate(model, mirrored)
+        differences.append(float((one.energies - two.energies).abs()))
+        if not odd_paths:
+            torch.testing.assert_close(one.forces, -two.forces, rtol=0, atol=1e-12)
+    assert differences[0] > 1e-6
+    assert differences[1] < 1e-12

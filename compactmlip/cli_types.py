@@ -1,0 +1,27 @@
+"""Arguments and options that several commands share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Output = Annotated[Path | None, typer.Option("-o", "--output", help="File or folder to write.")]
+Config = Annotated[Path | None, typer.Option("--config", help="YAML file with options; flags override it.")]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Any other option, for instance distil.lr=0.003."),
+]
+Seed = Annotated[int | None, typer.Option(help="Seed of all random numbers.")]
+Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1, ...")]
+AsJSON = Annotated[bool, typer.Option("--json", help="Print the result as JSON, and no progress.")]
+Structures = Annotated[list[Path], typer.Argument(help="Structure files, anything that ASE reads.")]
+Teacher = Annotated[str, typer.Option(help="Name (7net-l3i5, ...) or checkpoint file.")]
+Modality = Annotated[str | None, typer.Option(help="Level of theory, for models that have several.")]
+Species = Annotated[str | None, typer.Option(help="Species to keep, for instance Mg,O.")]
+To = Annotated[
+    str | None,
+    typer.Option("--to", help="Channels per order, for instance 64x0+32x1+16x2; per layer with commas."),
+]
+Keys = Annotated[str | None, typer.Option(metavar="KEY", help="Label name in the file.")]
