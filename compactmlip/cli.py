@@ -220,9 +220,9 @@ def prune(
     values: dict[str, Any] = {"output": path, "parameters_before": before, "parameters": after}
     if made.compensation is not None:
         refit = made.compensation
-        before_after = f"{1e3 * refit.plain_error:.0f} -> {1e3 * refit.error:.0f}"
-        text += f"; held-out force RMSE {before_after} meV/A by compensation"
-        values |= {"force_rmse_plain": refit.plain_error, "force_rmse": refit.error}
+        before_after = f"{1e3 * refit.before.forces:.0f} -> {1e3 * refit.after.forces:.0f}"
+        text += f"; held-out force MAE {before_after} meV/A by compensation"
+        values |= {"force_mae_plain": refit.before.forces, "force_mae": refit.after.forces}
     _result(as_json, text, **values)
 
 

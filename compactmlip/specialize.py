@@ -43,6 +43,9 @@ from compactmlip.validate.run import ValidateOptions, validate
 VALIDATION_SHARE = 0.3
 """Share of the time budget that is kept for compiling and validating."""
 
+VALIDATION_BUDGETS = {"nve_seconds": 0.11, "teacher_nve_seconds": 0.055, "speed_seconds": 0.016}
+"""Shares of the time budget for parts of the validation, where the options do not say otherwise."""
+
 SHORTEST_TRAINING = 0.5
 """Minutes of training that are done even when the budget is used up."""
 
@@ -65,7 +68,7 @@ class SpecializeOptions(BaseModel):
     seed: int = Field(0, ge=0)
     sample: SampleOptions = SampleOptions()
     distil: DistilOptions = DistilOptions(max_epochs=None, max_minutes=5.0)
-    validation: ValidateOptions = ValidateOptions(nve_seconds=90.0, teacher_nve_seconds=20.0)
+    validation: ValidateOptions = ValidateOptions()
 
 
 class Folder:
@@ -142,9 +145,9 @@ def specialize(
     CompactMLIPError
         If a structure, option or file cannot be used, or the folder holds another run.
     """
-    options = options or SpecializeOptions()
     if not structures:
         raise InputError("no structure given.")
+    options = _with_budgets(options or SpecializeOptions())
     folder = Folder(Path(out_dir), options, structures)
     run = _Run(folder, options, list(structures), progress)
     for name in ("teacher", "sample", "label", "prune", "distil", "compile", "validate"):
@@ -311,6 +314,17 @@ class _Run:
 
     def _seeded(self, options: Any) -> Any:
         return options.model_copy(update={"seed": self.options.seed})
+
+
+def _with_budgets(options: SpecializeOptions) -> SpecializeOptions:
+    """Fill in the times of the validation that were not given."""
+    given = options.validation.model_fields_set
+    budgets = {
+        name: max(1.0, round(60 * share * options.minutes, 1))
+        for name, share in VALIDATION_BUDGETS.items()
+        if name not in given
+    }
+    return options.model_copy(update={"validation": options.validation.model_copy(update=budgets)})
 
 
 def _parameters(model: nn.Module) -> int:

@@ -149,3 +149,10 @@ def test_species_option_must_cover_the_structures(teacher: Path, tmp_path: Path)
 def test_no_structure(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no structure"):
         specialize([], None, tmp_path)
+
+
+def test_validation_gets_its_share_of_the_time() -> None:
+    short, long = (module._with_budgets(SpecializeOptions(minutes=m)).validation for m in (6.0, 12.0))
+    assert long.nve_seconds == pytest.approx(2 * short.nve_seconds)
+    given = resolve(SpecializeOptions, None, ["validation.nve_seconds=5"])
+    assert module._with_budgets(given).validation.nve_seconds == 5

@@ -19,7 +19,15 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from compactmlip.channels import Mask
-from compactmlip.data.graph import MAX_EDGES, GraphBatch, batches_by_edges, collate, energy_and_derivatives
+from compactmlip.compress.ridge import NormalEquations, choose_ridge
+from compactmlip.data.graph import (
+    MAX_EDGES,
+    Derivatives,
+    GraphBatch,
+    batches_by_edges,
+    collate,
+    energy_and_derivatives,
+)
 from compactmlip.errors import InputError
 from compactmlip.models import channel_graph, model_device, model_dtype
 from compactmlip.models.nequip import Features, NequIP
@@ -34,11 +42,11 @@ from compactmlip.models.nequip_stages import (
 )
 from compactmlip.progress import Track
 
-RIDGES = tuple(10.0**k for k in range(-8, 3))
-"""Penalties tried, relative to the mean square of the inputs."""
-
 DAMPINGS = (1.0, 10.0, 100.0, 1000.0)
-"""Factors on the chosen penalties tried when the refit does not lower the held-out error."""
+"""Factors on the chosen penalties, tried in turn until the held-out errors stop falling."""
+
+CHECK_ATOMS = 500
+"""Energies and forces are checked on held-out folds of at least so many atoms: all folds of a small set."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +71,14 @@ class StageFit:
 
 
 @dataclass(frozen=True)
+class HeldOutError:
+    """Mean absolute deviations from the original: eV/atom, and eV/Angstrom of a force component."""
+
+    energy: float
+    forces: float
+
+
+@dataclass(frozen=True)
 class Compensation:
     """Outcome of :func:`compensate`.
 
@@ -72,16 +88,16 @@ class Compensation:
         The refitted model, or the sliced one if nothing helped.
     damping
         Factor on all penalties; None means that the sliced model was kept.
-    plain_error, error
-        Held-out force RMSE against the original before and after, eV/Angstrom.
+    before, after
+        Errors on calibration structures that the trial refits had not seen.
     fits
         One entry per stage and order.
     """
 
     model: nn.Module
     damping: float | None
-    plain_error: float
-    error: float
+    before: HeldOutError
+    after: HeldOutError
     fits: tuple[StageFit, ...] = field(repr=False)
 
 
@@ -126,8 +142,8 @@ def compensate(
         Label of the material or trajectory of each structure.  When given, the penalty is chosen on
         groups that the fit has not seen: use it when the model is meant for other materials.
     num_folds
-        Folds of the cross-validation.  The first is kept out of a trial refit to confirm on forces
-        that it helps; the final refit uses all structures.
+        Folds of the cross-validation.  Trial refits without one fold each confirm that both energies and
+        forces improve there, or the sliced model is returned; the final refit uses all structures.
     max_edges
         Largest batch, in edges.
 
@@ -139,41 +155,58 @@ def compensate(
     assert isinstance(pruned, NequIP) and isinstance(original, NequIP)
     folds = split_folds(len(graphs), groups, num_folds, seed)
     columns = _kept_columns(original, masks)
-    batches, owners = _fold_batches(graphs, folds, max_edges, pruned)
-    check = [batch for batch, fold in zip(batches, owners, strict=True) if fold == 0]
-    fit = [(batch, fold) for batch, fold in zip(batches, owners, strict=True) if fold != 0]
-    reference = [energy_and_derivatives(original, batch).forces for batch in check]
-    plain = _force_rmse(pruned, check, reference)
+    data = _fold_batches(graphs, folds, max_edges, pruned)
+    held_out = _folds_to_check(data)
+    check = [(batch, fold) for batch, fold in data if fold in held_out]
+    wanted = [energy_and_derivatives(original, batch) for batch, _ in check]
+    before = after = _errors([pruned] * len(check), check, wanted)
     best: float | None = None
-    error = plain
     for damping in DAMPINGS:
-        candidate = copy.deepcopy(pruned)
-        _refit_all(candidate, original, columns, fit, damping, "compensation, trial", progress)
-        found = _force_rmse(candidate, check, reference)
-        if found < error:
-            best, error = damping, found
+        models = {fold: copy.deepcopy(pruned) for fold in held_out}
+        for fold, model in models.items():
+            rest = [(batch, f) for batch, f in data if f != fold]
+            _refit_all(model, original, columns, rest, damping, "compensation, trial", progress)
+        found = _errors([models[fold] for _, fold in check], check, wanted)
+        if _is_better(found, after):
+            best, after = damping, found
         elif best is not None:
             break
     if best is None:
-        return Compensation(pruned, None, plain, plain, ())
+        return Compensation(pruned, None, before, before, ())
     model = copy.deepcopy(pruned)
-    everything = list(zip(batches, owners, strict=True))
-    fits = _refit_all(model, original, columns, everything, best, "compensation", progress)
-    return Compensation(model, best, plain, error, tuple(fits))
+    fits = _refit_all(model, original, columns, data, best, "compensation", progress)
+    return Compensation(model, best, before, after, tuple(fits))
+
+
+def _folds_to_check(data: Sequence[tuple[GraphBatch, int]]) -> list[int]:
+    """First folds that hold enough atoms together."""
+    chosen: list[int] = []
+    atoms = 0
+    for fold in sorted({fold for _, fold in data}):
+        if atoms >= CHECK_ATOMS:
+            break
+        chosen.append(fold)
+        atoms += sum(len(batch.species) for batch, f in data if f == fold)
+    return chosen
+
+
+def _is_better(new: HeldOutError, old: HeldOutError) -> bool:
+    """Whether neither error rises and their product falls."""
+    risen = new.energy > old.energy or new.forces > old.forces
+    return not risen and new.energy * new.forces < old.energy * old.forces
 
 
 def _fold_batches(
     graphs: Sequence[GraphBatch], folds: NDArray[np.int64], max_edges: int, model: nn.Module
-) -> tuple[list[GraphBatch], list[int]]:
+) -> list[tuple[GraphBatch, int]]:
     """Batches that hold structures of one fold each, where and how the model computes."""
     device, dtype = model_device(model), model_dtype(model)
-    batches, owners = [], []
+    data = []
     for fold in np.unique(folds):
         part = [g for g, f in zip(graphs, folds, strict=True) if f == fold]
         for indices in batches_by_edges(part, max_edges):
-            batches.append(collate([part[k] for k in indices]).to(device, dtype))
-            owners.append(int(fold))
-    return batches, owners
+            data.append((collate([part[k] for k in indices]).to(device, dtype), int(fold)))
+    return data
 
 
 def _kept_columns(original: NequIP, masks: Mapping[str, Mask]) -> dict[str, Tensor]:
@@ -183,13 +216,16 @@ def _kept_columns(original: NequIP, masks: Mapping[str, Mask]) -> dict[str, Tens
     return {name: torch.as_tensor(axes[-1]) for name, axes in kept.items() if name.endswith(".weight")}
 
 
-def _force_rmse(model: nn.Module, batches: Sequence[GraphBatch], reference: Sequence[Tensor]) -> float:
-    square, count = 0.0, 0
-    for batch, forces in zip(batches, reference, strict=True):
-        difference = energy_and_derivatives(model, batch).forces - forces
-        square += float(difference.double().square().sum())
-        count += difference.numel()
-    return float(np.sqrt(square / count))
+def _errors(
+    models: Sequence[nn.Module], check: Sequence[tuple[GraphBatch, int]], wanted: Sequence[Derivatives]
+) -> HeldOutError:
+    """Errors over all batches; each batch has its own model, which has not seen it."""
+    energies, forces = [], []
+    for model, (batch, _), reference in zip(models, check, wanted, strict=True):
+        found = energy_and_derivatives(model, batch)
+        energies.append((found.energies - reference.energies) / batch.num_atoms)
+        forces.append((found.forces - reference.forces).flatten())
+    return HeldOutError(float(torch.cat(energies).abs().mean()), float(torch.cat(forces).abs().mean()))
 
 
 @torch.no_grad()
@@ -229,7 +265,7 @@ def _refit_stage(
 ) -> list[StageFit]:
     maps = [linear_map(student, name) for name in stage.maps]
     num_orders = max(len(t) for t in targets)
-    sums: list[dict[int, _Sums]] = [{} for _ in range(num_orders)]
+    sums: list[dict[int, NormalEquations]] = [{} for _ in range(num_orders)]
     for state, target, fold in zip(states, targets, folds, strict=True):
         inputs = stage.inputs(state)
         current = stage.evaluate(state, inputs)
@@ -242,16 +278,16 @@ def _refit_stage(
             design = torch.cat([b.flatten(0, 1) for b in blocks if b is not None], dim=1).double()
             goal = wanted.index_select(-1, kept.to(wanted.device)).flatten(0, 1).double()
             if fold not in sums[l]:
-                sums[l][fold] = _Sums(design, goal)
+                sums[l][fold] = NormalEquations(design, goal)
             sums[l][fold].add(design, goal - now.flatten(0, 1).double(), goal)
     fits = []
     for l, by_fold in enumerate(sums):
         if len(by_fold) < 2:
             continue
-        ridge, change, before, after = _choose_ridge(list(by_fold.values()), damping)
-        fits.append(StageFit(stage.name, l, ridge, before, after))
-        if change is not None:
-            _apply(maps, l, change)
+        choice = choose_ridge(list(by_fold.values()), damping)
+        fits.append(StageFit(stage.name, l, choice.ridge, choice.before, choice.after))
+        if choice.change is not None:
+            _apply(maps, l, choice.change)
     return fits
 
 
@@ -262,71 +298,6 @@ def _target_columns(
         if str(l) in module.orders:  # type: ignore[operator]
             return columns[f"{name}.orders.{l}.weight"]
     raise AssertionError(f"{stage.name}: order {l} has no map")
-
-
-class _Sums:
-    """Normal equations of one least-squares problem, summed over batches in float64."""
-
-    def __init__(self, design: Tensor, goal: Tensor) -> None:
-        self.gram = design.new_zeros(design.shape[1], design.shape[1])
-        self.moment = design.new_zeros(design.shape[1], goal.shape[1])
-        self.square = self.scale = 0.0
-
-    def add(self, design: Tensor, residual: Tensor, goal: Tensor) -> None:
-        self.gram += design.mT @ design
-        self.moment += design.mT @ residual
-        self.square += float(residual.square().sum())
-        self.scale += float(goal.square().sum())
-
-    def error(self, change: Tensor) -> float:
-        """Sum of squared residuals after ``change`` of the weights."""
-        return self.square + float((change * (self.gram @ change - 2 * self.moment)).sum())
-
-
-class _Ridge:
-    """All penalised solutions of one problem from one eigendecomposition.
-
-    Inputs are scaled to equal mean square first, so that the penalty treats all channels alike.
-    """
-
-    def __init__(self, gram: Tensor, moment: Tensor) -> None:
-        scale = gram.diagonal().clamp(min=0).sqrt()
-        self.inverse = torch.where(scale > 0, 1 / scale, 0.0).unsqueeze(1)
-        values, self.vectors = torch.linalg.eigh(gram * self.inverse * self.inverse.mT)
-        self.values = values.clamp(min=0)
-        self.unit = float(self.values.mean())
-        self.moment = self.vectors.mT @ (moment * self.inverse)
-
-    def solve(self, ridge: float) -> Tensor:
-        """Change of the weights under penalty ``ridge`` (relative to the mean eigenvalue)."""
-        damped = self.moment / (self.values + ridge * self.unit).unsqueeze(1)
-        change: Tensor = self.inverse * (self.vectors @ damped)
-        return change
-
-
-def _choose_ridge(folds: Sequence[_Sums], damping: float) -> tuple[float | None, Tensor | None, float, float]:
-    """Pick the penalty with the least cross-validated error; then fit it to all folds."""
-    gram = torch.stack([f.gram for f in folds]).sum(dim=0)
-    moment = torch.stack([f.moment for f in folds]).sum(dim=0)
-    before, scale = sum(f.square for f in folds), max(sum(f.scale for f in folds), 1e-300)
-    errors = np.zeros(len(RIDGES))
-    if not float(gram.diagonal().sum()) > 0:
-        return None, None, (before / scale) ** 0.5, (before / scale) ** 0.5
-    for fold in folds:
-        rest = _Ridge(gram - fold.gram, moment - fold.moment)
-        if rest.unit <= 0:
-            return None, None, (before / scale) ** 0.5, (before / scale) ** 0.5
-        errors += [fold.error(rest.solve(ridge * damping)) for ridge in RIDGES]
-    best = int(np.argmin(errors))
-    if not errors[best] < before:
-        return None, None, (before / scale) ** 0.5, (before / scale) ** 0.5
-    ridge = RIDGES[best] * damping
-    return (
-        ridge,
-        _Ridge(gram, moment).solve(ridge),
-        (before / scale) ** 0.5,
-        (max(errors[best], 0.0) / scale) ** 0.5,
-    )
 
 
 def _apply(maps: Sequence[nn.Module], l: int, change: Tensor) -> None:

@@ -28,7 +28,10 @@ from compactmlip.validate.nve import (
 from compactmlip.validate.output import ValidationData, write_all
 from compactmlip.validate.parity import Labels, ParityReport, evaluate_frames, parity
 from compactmlip.validate.speed import Speed, describe_machine, measure_speed
-from compactmlip.validate.supercells import near_size, supercell
+from compactmlip.validate.supercells import MAX_ATOMS, near_size, supercell
+
+TELLING_RUN = {"model": 1000, "teacher": 250}
+"""Steps that the NVE runs should have; the cell is chosen so that they fit into the time."""
 
 SHORTEST_RUN = 10
 """Steps; a teacher that cannot do these within its budget is not simulated."""
@@ -50,7 +53,7 @@ class ValidateOptions(HeldoutOptions):
     timestep_fs: float = Field(1.0, gt=0)
     nve_ps: float = Field(4.0, gt=0, description="longest NVE run of the model, ps")
     nve_seconds: float = Field(60.0, gt=0, description="time for the model's NVE run, s")
-    teacher_nve_seconds: float = Field(15.0, ge=0, description="time for the teacher's NVE run, s; 0: none")
+    teacher_nve_seconds: float = Field(30.0, ge=0, description="time for the teacher's NVE run, s; 0: none")
     speed_seconds: float = Field(12.0, gt=0, description="time for each size of the speed comparison, s")
     sizes: tuple[int, ...] = Field((64, 216), description="about how many atoms speed is measured on")
     repeats: int = Field(5, ge=1)
@@ -206,7 +209,7 @@ def _dynamics(
     progress: bool,
 ) -> tuple[NVEResult, NVEResult | None]:
     """NVE of the model, and of the teacher from the same positions and momenta as far as time allows."""
-    cell = supercell(start)
+    cell = supercell(start, max_atoms=_affordable_atoms(start, speed, options))
     shared: dict[str, Any] = {"temperature_K": options.temperature_K, "timestep_fs": options.timestep_fs}
     per_step = _seconds_per_step("model", calculators, cell, speed)
     longest = max(1, round(options.nve_ps * 1000 / options.timestep_fs))
@@ -232,6 +235,20 @@ def _dynamics(
         calculators["teacher"], ready, steps=steps, max_seconds=limit, description="NVE, teacher", **show
     )
     return result, own
+
+
+def _affordable_atoms(start: Atoms, speed: Sequence[Speed], options: ValidateOptions) -> int:
+    """Largest cell of which both can simulate enough steps for a drift within their budgets.
+
+    A small cell conserves energy no better than a large one, but a run that is too short tells nothing.
+    """
+    budgets = {"model": options.nve_seconds, "teacher": options.teacher_nve_seconds}
+    atoms = float(MAX_ATOMS)
+    for name, seconds in budgets.items():
+        rates = [row.atoms_per_second[name] for row in speed if name in row.atoms_per_second]
+        if rates and seconds:
+            atoms = min(atoms, max(rates) * seconds / TELLING_RUN[name])
+    return max(len(start), int(atoms))
 
 
 def _seconds_per_step(name: str, calculators: dict[str, Any], cell: Atoms, speed: Sequence[Speed]) -> float:
