@@ -178,7 +178,7 @@ def main() -> None:
     options_parser.add_argument("--max-atoms", type=int, default=20)
     options_parser.add_argument("--test-frames", type=int, default=60)
     options_parser.add_argument("--atoms", type=int, nargs="+", default=[300, 600, 1000, 2300, 5000])
-    options_parser.add_argument("--targets", nargs="+", default=["l <= 2", "l <= 1"], choices=list(TARGETS))
+    options_parser.add_argument("--targets", nargs="+", default=["l <= 2"], choices=list(TARGETS))
     options = options_parser.parse_args()
     if options.case == "general" and options.frames is None:
         options_parser.error("the general case needs --frames")

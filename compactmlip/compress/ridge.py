@@ -74,7 +74,11 @@ class RidgeChoice:
 
 
 def choose_ridge(folds: Sequence[NormalEquations], damping: float = 1.0) -> RidgeChoice:
-    """Pick the penalty (times ``damping``) with the least cross-validated error; then use all folds."""
+    """Pick the penalty with the least cross-validated error, multiply it by ``damping``, use all folds.
+
+    The residual of one stage is not the error of the model: a stage that is fitted closely to the few
+    materials at hand may mislead the stages behind it.  ``damping`` makes the fit more cautious.
+    """
     gram = torch.stack([f.gram for f in folds]).sum(dim=0)
     moment = torch.stack([f.moment for f in folds]).sum(dim=0)
     square, scale = sum(f.square for f in folds), max(sum(f.scale for f in folds), 1e-300)
@@ -85,7 +89,7 @@ def choose_ridge(folds: Sequence[NormalEquations], damping: float = 1.0) -> Ridg
         rest = RidgePath(gram - fold.gram, moment - fold.moment)
         if not rest.unit > 0:
             return unchanged
-        errors += [fold.error(rest.solve(ridge * damping)) for ridge in RIDGES]
+        errors += [fold.error(rest.solve(ridge)) for ridge in RIDGES]
     best = int(np.argmin(errors))
     if not errors[best] < square:
         return unchanged
