@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import resource
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -110,6 +111,7 @@ class Folder:
             finally:
                 spent = self.record["seconds"].get(name, 0.0) + time.monotonic() - begin
                 self.record["seconds"][name] = spent
+                self.record["peak_memory_GB"] = max(self.record.get("peak_memory_GB", 0.0), _peak_memory())
                 text = json.dumps(self.record, indent=1)
                 checkpoint.atomic_write(self / "state.json", lambda p: _write_text(p, text))
         result: dict[str, Any] = self.record["results"][name]
@@ -329,6 +331,11 @@ def _with_budgets(options: SpecializeOptions) -> SpecializeOptions:
 
 def _parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
+
+
+def _peak_memory() -> float:
+    """Largest resident memory of this process so far, in GB (Linux counts it in kB)."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
 
 
 def _write_text(path: Path, text: str) -> None:
