@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -40,6 +41,11 @@ app = typer.Typer(
 
 def main() -> None:
     """Entry point: turn expected errors into one line and an exit status."""
+    # OpenMP threads that spin while they wait stop each other on busy cores.  SevenNet-l3i5 on two cores:
+    # 90 atoms/s alone but 6 beside another process; 80 and 50 with this bound on the spinning.  It is
+    # read when torch is loaded, which comes later.
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     try:
         app()
     except CompactMLIPError as error:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -144,3 +146,23 @@ def test_interrupt_says_that_it_continues(
     monkeypatch.setattr(compactmlip.info, "describe", stop)
     code, _, err = _run(monkeypatch, capsys, "info teacher.safetensors")
     assert code == 130 and "continues" in err
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "None")],
+)
+def test_threads_do_not_spin_for_long(given: dict[str, str], expected: str) -> None:
+    """The bound is set before torch is loaded, and a user's own choice is kept."""
+    code = (
+        "import os, sys\n"
+        "sys.argv = ['compactmlip', '--version']\n"
+        "from compactmlip import cli\n"
+        "try:\n    cli.main()\nexcept SystemExit:\n    pass\n"
+        "print(os.environ.get('GOMP_SPINCOUNT'), 'torch' in sys.modules)\n"
+    )
+    environment = {k: v for k, v in os.environ.items() if k not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment | given, check=True
+    )
+    assert done.stdout.split()[-2:] == [expected, "False"]
