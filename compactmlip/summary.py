@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -15,7 +16,7 @@ def print_summary(certificate: Certificate, folder: Path) -> None:
     console = Console()
     console.print(_stages(certificate))
     for line in _lines(certificate, folder):
-        console.print(line, highlight=False)
+        console.print(line, highlight=False, soft_wrap=True)
 
 
 def _number(value: float | None, form: str = ".1f") -> str:
@@ -23,10 +24,11 @@ def _number(value: float | None, form: str = ".1f") -> str:
 
 
 def _stages(certificate: Certificate) -> Table:
-    table = Table(title="Held-out errors against the teacher (mean absolute)", title_justify="left")
+    title = "Held-out errors against the teacher (mean absolute)"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE, pad_edge=False)
     table.add_column("model", no_wrap=True)
     for column in ("parameters", "MB", "E meV/atom", "F meV/A", "S meV/A^3"):
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="right", min_width=min(10, len(column)))
     for row in certificate.stages:
         table.add_row(
             row.name,

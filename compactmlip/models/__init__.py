@@ -1,12 +1,16 @@
-"""Native model families: plain PyTorch, twice differentiable, free of upstream packages."""
+"""Native model families: plain PyTorch, twice differentiable, free of upstream packages.
+
+A model is a module with a ``spec`` and ``forward(species, centers, neighbors, vectors, tap=None)``, which
+returns the energy of each atom; see :class:`compactmlip.models.nequip.NequIP`.
+"""
 
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any, Protocol, cast as typing_cast
+from typing import TYPE_CHECKING, Any, cast as typing_cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from compactmlip.errors import CheckpointError, did_you_mean
 
@@ -14,7 +18,6 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from compactmlip.channels import ChannelGraph, Mask
-    from compactmlip.models.linear import Tap
     from compactmlip.spec import ModelSpec
 
 FAMILIES = {"nequip": "compactmlip.models.nequip:NequIP"}
@@ -25,23 +28,6 @@ STRUCTURES = {"nequip": "compactmlip.models.nequip_channels"}
 
 FLOAT64_BUFFERS = frozenset({"energy_scale", "energy_shift"})
 """Buffers that stay in float64 whatever the compute dtype: energies are summed in float64."""
-
-
-class Model(Protocol):
-    """What every native model is: see :class:`compactmlip.models.nequip.NequIP`."""
-
-    spec: ModelSpec
-
-    def __call__(
-        self,
-        species: Tensor,
-        centers: Tensor,
-        neighbors: Tensor,
-        vectors: Tensor,
-        tap: Tap | None = None,
-    ) -> Tensor:
-        """Return the energy of each atom, (n_nodes,), float64, in eV."""
-        ...
 
 
 def build(spec: ModelSpec) -> nn.Module:
