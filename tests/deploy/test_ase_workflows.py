@@ -229,11 +229,6 @@ def test_two_calculators_at_once(calc: CompactMLIPCalculator, deployed_quick: Pa
     assert np.abs(together[0].atoms.positions - together[1].atoms.positions).max() > 0.01
 
 
-def energy_of(atoms: Atoms) -> float:
-    """Run in a worker process."""
-    return float(atoms.get_potential_energy())
-
-
 @pytest.mark.parametrize("backend", ["loky", "threading"])
 def test_joblib(calc: CompactMLIPCalculator, crystal: Atoms, backend: str) -> None:
     frames = []
@@ -243,7 +238,7 @@ def test_joblib(calc: CompactMLIPCalculator, crystal: Atoms, backend: str) -> No
         atoms.calc = copy.copy(calc)
         frames.append(atoms)
     run = joblib.Parallel(n_jobs=2, backend=backend)
-    found = run(joblib.delayed(energy_of)(atoms) for atoms in frames)
-    expected = [energy_of(atoms) for atoms in frames]
+    found = run(joblib.delayed(Atoms.get_potential_energy)(atoms) for atoms in frames)
+    expected = [atoms.get_potential_energy() for atoms in frames]
     assert len({round(e, 6) for e in expected}) == 3
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-10)
