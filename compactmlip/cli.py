@@ -196,7 +196,7 @@ def prune(
     from compactmlip.data.read import read_structures
     from compactmlip.deploy.archive import usable_device
     from compactmlip.families import load_model
-    from compactmlip.models import model_dtype
+    from compactmlip.models import model_dtype, num_parameters
 
     frames = read_structures(calibration)
     teacher: Any = load_model(model, modality=modality, dtype=None)
@@ -221,7 +221,7 @@ def prune(
         progress=not as_json,
     )
     checkpoint.save(made.model, path)
-    before, after = (sum(p.numel() for p in m.parameters()) for m in (teacher, made.model))
+    before, after = (num_parameters(m) for m in (teacher, made.model))
     text = f"wrote {path}: {before} -> {after} parameters"
     values: dict[str, Any] = {"output": path, "parameters_before": before, "parameters": after}
     if made.compensation is not None:

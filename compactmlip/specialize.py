@@ -25,15 +25,15 @@ from compactmlip.channels import format_channels
 from compactmlip.compress.apply import keep_species
 from compactmlip.compress.compress import compress
 from compactmlip.data.graph import build_graph
-from compactmlip.data.label import label
-from compactmlip.data.read import read_labelled, write_labelled
+from compactmlip.data.label import label, update_with_structures
+from compactmlip.data.read import read_labelled, read_structures, write_labelled
 from compactmlip.data.sample import SampleOptions, sample
 from compactmlip.data.select import split
 from compactmlip.deploy.archive import usable_device
 from compactmlip.deploy.compile import compile_model
 from compactmlip.errors import InputError
 from compactmlip.families import load_model
-from compactmlip.models import model_dtype, model_spec
+from compactmlip.models import model_dtype, model_spec, num_parameters
 from compactmlip.spec import DTypeName
 from compactmlip.train.dataset import Dataset
 from compactmlip.train.distil import DistilOptions, distil
@@ -78,7 +78,9 @@ class Folder:
     def __init__(self, path: Path, options: SpecializeOptions, structures: Sequence[Atoms]) -> None:
         self.path = path
         resolved = options.model_dump(mode="json")
-        identity = json.dumps([resolved, _digest(structures)], sort_keys=True)
+        digest = hashlib.sha256()
+        update_with_structures(digest, structures)
+        identity = json.dumps([resolved, digest.hexdigest()], sort_keys=True)
         self.identity = hashlib.sha256(identity.encode()).hexdigest()
         self.record: dict[str, Any] = {"identity": self.identity, "seconds": {}, "results": {}}
         path.mkdir(parents=True, exist_ok=True)
@@ -177,7 +179,7 @@ class _Run:
             )
         model = keep_species(full, wanted)
         checkpoint.save(model, self.folder / "teacher.safetensors")
-        return {"full_parameters": _parameters(full), "parameters": _parameters(model)}
+        return {"full_parameters": num_parameters(full), "parameters": num_parameters(model)}
 
     def sample(self) -> dict[str, Any]:
         """Structures around the user's."""
@@ -189,8 +191,6 @@ class _Run:
 
     def label(self) -> dict[str, Any]:
         """Teacher energies, forces and stresses; split into training, validation and test."""
-        from compactmlip.data.read import read_structures
-
         frames = read_structures([self.folder / "samples.xyz"])
         labelled = label(frames, self._load("teacher"), self.folder / "labelled.xyz", progress=self.progress)
         parts = dict(zip(("train", "valid", "test"), split(labelled, seed=self.options.seed), strict=True))
@@ -200,7 +200,7 @@ class _Run:
         return {"mean_force_eV_per_A": float(forces.mean()), **{k: len(v) for k, v in parts.items()}}
 
     def prune(self) -> dict[str, Any]:
-        """Cut, refit, and measure both on the test set."""
+        """Cut and refit."""
         teacher = self._load("teacher")
         frames = self._frames("train")
         graphs = [build_graph(a, model_spec(teacher), model_dtype(teacher)) for a in frames]
@@ -217,7 +217,7 @@ class _Run:
         )
         checkpoint.save(result.sliced, self.folder / "pruned.safetensors")
         checkpoint.save(result.model, self.folder / "compensated.safetensors")
-        return {"parameters": _parameters(result.model)}
+        return {"parameters": num_parameters(result.model)}
 
     def distil(self) -> dict[str, Any]:
         """Train for the time that is left."""
@@ -226,7 +226,8 @@ class _Run:
         if not plan.is_file():
             left = self.options.minutes * (1 - VALIDATION_SHARE) - self.folder.seconds / 60
             plan.parent.mkdir(exist_ok=True)
-            plan.write_text(json.dumps(max(left, SHORTEST_TRAINING)))
+            text = json.dumps(max(left, SHORTEST_TRAINING))
+            checkpoint.atomic_write(plan, lambda p: _write_text(p, text))
         minutes = float(json.loads(plan.read_text()))
         options = self.options.distil.model_copy(update={"max_minutes": minutes, "seed": self.options.seed})
         result = distil(
@@ -300,7 +301,7 @@ class _Run:
         stress = errors.stress.mae
         return Stage(
             name=title,
-            parameters=_parameters(model),
+            parameters=num_parameters(model),
             file_bytes=path.stat().st_size,
             energy_mae=errors.energy.mae,
             forces_mae=errors.forces.mae,
@@ -329,10 +330,6 @@ def _with_budgets(options: SpecializeOptions) -> SpecializeOptions:
     return options.model_copy(update={"validation": options.validation.model_copy(update=budgets)})
 
 
-def _parameters(model: nn.Module) -> int:
-    return sum(p.numel() for p in model.parameters())
-
-
 def _peak_memory() -> float:
     """Largest resident memory of this process so far, in GB (Linux counts it in kB)."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
@@ -340,11 +337,3 @@ def _peak_memory() -> float:
 
 def _write_text(path: Path, text: str) -> None:
     path.write_text(text)
-
-
-def _digest(structures: Sequence[Atoms]) -> str:
-    digest = hashlib.sha256()
-    for atoms in structures:
-        for array in (atoms.numbers, atoms.positions, atoms.cell.array, atoms.pbc):
-            digest.update(np.ascontiguousarray(array).tobytes())
-    return digest.hexdigest()

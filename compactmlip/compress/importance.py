@@ -86,9 +86,7 @@ def _batch_scores(model: nn.Module, batch: GraphBatch) -> Scores:
         product = (feature * gradient).to(torch.float64)
         if product.dim() == 3:
             product = product.sum(dim=1)
-        owner = batch.structure if len(product) == len(batch.structure) else structure_of_edge
-        if name.rpartition("/")[0].rpartition(".")[0].endswith("radial"):
-            owner = structure_of_edge
+        owner = structure_of_edge if ".radial." in name else batch.structure
         total = product.new_zeros(len(batch.num_atoms), product.shape[-1]).index_add(0, owner, product)
         scores[name] = total.abs().sum(dim=0).cpu().numpy()
     return scores

@@ -107,10 +107,15 @@ def fingerprint(frames: Sequence[Atoms], model: nn.Module) -> str:
     for name, tensor in model.state_dict().items():
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    update_with_structures(digest, frames)
+    return f"run-{digest.hexdigest()[:20]}"  # the letters keep ASE from reading it as a number
+
+
+def update_with_structures(digest: hashlib._Hash, frames: Sequence[Atoms]) -> None:
+    """Feed species, positions, cells and periodicity of all structures into a hash."""
     for atoms in frames:
         for array in (atoms.numbers, atoms.positions, atoms.cell.array, atoms.pbc):
             digest.update(np.ascontiguousarray(array).tobytes())
-    return f"run-{digest.hexdigest()[:20]}"  # the letters keep ASE from reading it as a number
 
 
 def _labelled(atoms: Atoms, result: Evaluation, run: str) -> Atoms:

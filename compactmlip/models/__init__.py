@@ -62,6 +62,11 @@ def model_dtype(model: nn.Module) -> torch.dtype:
     return next(model.parameters()).dtype
 
 
+def num_parameters(model: nn.Module) -> int:
+    """Number of trainable parameters."""
+    return sum(p.numel() for p in model.parameters())
+
+
 def model_device(model: nn.Module) -> torch.device:
     """Device that a model's parameters are on."""
     return next(model.parameters()).device

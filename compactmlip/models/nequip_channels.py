@@ -85,8 +85,8 @@ def _produced_by(arch: NequIPArchitecture, t: int, l: int) -> Iterator[Slot]:
     """Output columns of ``down`` and ``skip`` of layer ``t`` for order l, and its gates."""
     layer = arch.layers[t]
     fed = {p[2] for p in layer.paths}
-    gates = Slot("", 0, offset=sum(layer.out[:l]))
-    for order, offset in ((l, 0), (0, gates.offset)) if l else ((0, 0),):
+    columns = [(l, 0), (0, sum(layer.out[:l]))] if l else [(0, 0)]
+    for order, offset in columns:
         if order in fed:
             yield Slot(f"layers.{t}.down.orders.{order}.weight", 1, offset)
         if order in _skip_orders(arch, t):

@@ -141,10 +141,10 @@ def count_parameters(spec: ModelSpec) -> int:
     """Number of trainable parameters of the model that a spec describes."""
     import torch
 
-    from compactmlip.models import build
+    from compactmlip.models import build, num_parameters
 
     with torch.random.fork_rng(devices=[]):
-        return sum(p.numel() for p in build(spec).parameters())
+        return num_parameters(build(spec))
 
 
 def software_versions() -> dict[str, str]:
