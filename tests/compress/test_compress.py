@@ -13,7 +13,7 @@ from ase.build import bulk
 from torch import nn
 
 from compactmlip.compress.apply import keep_species, prune
-from compactmlip.compress.compensate import compensate, split_folds
+from compactmlip.compress.compensate import HeldOutError, _is_better, compensate, split_folds
 from compactmlip.compress.compress import compress
 from compactmlip.compress.importance import taylor_importance
 from compactmlip.compress.plan import parse_target, target_sizes, top_channels
@@ -204,6 +204,21 @@ def test_compensation_never_returns_something_worse(small_model: nn.Module) -> N
     assert result.after.forces <= result.before.forces and result.after.energy <= result.before.energy
     if result.damping is None:
         assert result.model is sliced
+
+
+@pytest.mark.parametrize(
+    ("energy", "forces", "better"),
+    [
+        (0.9, 0.9, True),
+        (1.0, 0.9, True),
+        (0.9, 1.0, True),
+        (1.0, 1.0, False),
+        (1.01, 0.1, False),
+        (0.1, 1.01, False),
+    ],
+)
+def test_a_refit_must_not_trade_energies_for_forces(energy: float, forces: float, better: bool) -> None:
+    assert _is_better(HeldOutError(energy, forces), HeldOutError(1.0, 1.0)) is better
 
 
 def test_compensation_is_deterministic(small_model: nn.Module) -> None:
