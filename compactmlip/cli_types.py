@@ -17,8 +17,19 @@ Seed = Annotated[int | None, typer.Option(help="Seed of all random numbers.")]
 Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1, ...")]
 AsJSON = Annotated[bool, typer.Option("--json", help="Print the result as JSON, and no progress.")]
 Structures = Annotated[list[Path], typer.Argument(help="Structure files, anything that ASE reads.")]
-Teacher = Annotated[str, typer.Option(help="Name (7net-l3i5, ...) or checkpoint file.")]
-Modality = Annotated[str | None, typer.Option(help="Level of theory, for models that have several.")]
+Teacher = Annotated[str, typer.Option(help="Name (see 'compactmlip models') or checkpoint file.")]
+Modality = Annotated[
+    str | None, typer.Option(help="Level of theory (or MACE head), for models that have several.")
+]
+AcceptLicence = Annotated[
+    str | None,
+    typer.Option(
+        "--accept-licence",
+        "--accept-license",
+        metavar="NAME",
+        help="Accept the restricted licence of a model's weights, for instance ASL.",
+    ),
+]
 Species = Annotated[str | None, typer.Option(help="Species to keep, for instance Mg,O.")]
 To = Annotated[
     str | None,

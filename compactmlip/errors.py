@@ -35,6 +35,10 @@ class DownloadError(CompactMLIPError):
     """A checkpoint could not be fetched, or what arrived is not what was promised."""
 
 
+class LicenceError(CompactMLIPError):
+    """A model's licence restricts its use and has not been accepted."""
+
+
 class SelfCheckError(CompactMLIPError):
     """An exported model does not reproduce the model it was made from."""
 

@@ -57,6 +57,7 @@ class SpecializeOptions(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
     teacher: str = Field("7net-l3i5", description="known name, or path of a checkpoint")
     modality: str | None = Field(None, description="level of theory, for teachers that have several")
+    accept_licence: str | None = Field(None, description="restricted licence of the teacher that is accepted")
     species: tuple[str, ...] | None = Field(None, description="species to keep; by default the structures'")
     to: str = Field("64x0+32x1+16x2", description="channels per order to keep, for all layers or each")
     radial_hidden: int | None = Field(None, ge=1, description="units to keep in the radial networks")
@@ -80,7 +81,9 @@ class Folder:
         resolved = options.model_dump(mode="json")
         digest = hashlib.sha256()
         update_with_structures(digest, structures)
-        identity = json.dumps([resolved, digest.hexdigest()], sort_keys=True)
+        # Accepting a licence changes no result; it is asked for once, before the teacher is imported.
+        results = {key: value for key, value in resolved.items() if key != "accept_licence"}
+        identity = json.dumps([results, digest.hexdigest()], sort_keys=True)
         self.identity = hashlib.sha256(identity.encode()).hexdigest()
         self.record: dict[str, Any] = {"identity": self.identity, "seconds": {}, "results": {}}
         path.mkdir(parents=True, exist_ok=True)
@@ -169,7 +172,12 @@ class _Run:
 
     def teacher(self) -> dict[str, Any]:
         """Import the teacher and remove the weights of absent species."""
-        full = load_model(self.options.teacher, modality=self.options.modality)
+        full = load_model(
+            self.options.teacher,
+            modality=self.options.modality,
+            accept_licence=self.options.accept_licence,
+            progress=self.progress,
+        )
         present = {s for atoms in self.structures for s in atoms.get_chemical_symbols()}
         wanted = set(self.options.species or present)
         if not present <= wanted:

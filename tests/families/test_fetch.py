@@ -1,12 +1,17 @@
-"""Names, download and the restricted unpickler."""
+"""The cache of named checkpoints and the restricted unpickler."""
 
 from __future__ import annotations
 
 import hashlib
 import importlib
+import io
 import os
 import subprocess
+import threading
 import zipfile
+from collections.abc import Iterator
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +21,7 @@ import torch
 
 from compactmlip.errors import CheckpointError, DownloadError, InputError, UnsupportedFeatureError
 from compactmlip.families import load_model
-from compactmlip.families.names import NAMED_CHECKPOINTS, NamedCheckpoint, find_named
+from compactmlip.families.names import NamedCheckpoint, WebFile, WheelMember
 from compactmlip.families.sevennet import import_model
 from compactmlip.families.unpickle import load_restricted
 from compactmlip.spec import Provenance
@@ -33,7 +38,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def _entry(content: bytes = CONTENT) -> NamedCheckpoint:
     digest = hashlib.sha256(content).hexdigest()
-    return NamedCheckpoint("toy", "sevennet", "sevenn/toy.pth", digest, "MIT", "nobody")
+    return NamedCheckpoint("toy", "sevennet", WheelMember("sevenn/toy.pth"), digest, "MIT", "nobody")
 
 
 def _fake_pip(
@@ -95,16 +100,121 @@ def test_wrong_member_is_not_used(cache: Path, monkeypatch: pytest.MonkeyPatch) 
     assert not list((cache / "checkpoints").iterdir())
 
 
-def test_names_and_aliases() -> None:
-    assert find_named("7NET-L3I5") is find_named("sevennet-l3i5") is not None
-    assert find_named("7net-0_11Jul2024") is find_named("7net-0")
-    assert find_named("nonsense") is None
-    assert all(len(entry.sha256) == 64 and entry.licence and entry.citation for entry in NAMED_CHECKPOINTS)
+@pytest.fixture
+def archive() -> bytes:
+    """A file that torch.save wrote."""
+    buffer = io.BytesIO()
+    torch.save({"a": torch.arange(1000.0)}, buffer)
+    return buffer.getvalue()
 
 
-def test_unknown_name_lists_the_known() -> None:
-    with pytest.raises(InputError, match=r"7net-mf-0.*Did you mean '7net-l3i5'"):
-        load_model("7net-l3i6")
+@pytest.fixture
+def site(monkeypatch: pytest.MonkeyPatch, archive: bytes) -> Iterator[Site]:
+    """A server on this machine and one named model on it."""
+    for name in ("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(importlib.import_module("compactmlip.families.download"), "WAITS", ())
+    with Site(archive) as running:
+        thread = threading.Thread(target=running.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        yield running
+        running.shutdown()
+        thread.join()
+
+
+class Site(ThreadingHTTPServer):
+    def __init__(self, content: bytes) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.content, self.requests = content, 0
+
+    def entry(self, **changes: Any) -> NamedCheckpoint:
+        url = f"http://127.0.0.1:{self.server_address[1]}/release/Published.model"
+        entry = NamedCheckpoint("mace-toy-1", "mace", WebFile(url), None, "ASL", "nobody", ("toy-1",))
+        return replace(entry, **changes)
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: Site
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        self.server.requests += 1
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(self.server.content)))
+        self.end_headers()
+        self.wfile.write(self.server.content)
+
+
+def test_web_file_once_then_from_the_cache(cache: Path, site: Site, archive: bytes) -> None:
+    path = fetch_module.fetch(site.entry(), progress=False)
+    assert path == cache / "checkpoints" / "mace-toy-1.model" and path.read_bytes() == archive
+    record = path.with_name(path.name + ".sha256")
+    assert record.read_text() == f"{hashlib.sha256(archive).hexdigest()}  {path.name}\n"
+    assert fetch_module.fetch(site.entry(), progress=False) == path
+    assert site.requests == 1
+    assert sorted(p.name for p in path.parent.iterdir()) == [path.name, record.name]
+
+
+def test_recorded_digest_heals_a_damaged_file(cache: Path, site: Site, archive: bytes) -> None:
+    path = fetch_module.fetch(site.entry(), progress=False)
+    path.write_bytes(archive[:-1])
+    assert fetch_module.fetch(site.entry(), progress=False).read_bytes() == archive
+    assert site.requests == 2
+
+
+def test_recorded_digest_refuses_another_file(cache: Path, site: Site, archive: bytes) -> None:
+    path = fetch_module.fetch(site.entry(), progress=False)
+    record = path.with_name(path.name + ".sha256")
+    path.unlink()
+    site.content = _zip(b"something else")
+    with pytest.raises(DownloadError, match=rf"it is not used.*delete {record}"):
+        fetch_module.fetch(site.entry(), progress=False)
+    assert not path.exists()
+    record.unlink()
+    assert fetch_module.fetch(site.entry(), progress=False).read_bytes() == site.content
+
+
+def test_pinned_digest(cache: Path, site: Site, archive: bytes) -> None:
+    """Known beforehand, in the table or in the file that a user wrote."""
+    record = cache / "checkpoints" / "mace-toy-1.model.sha256"
+    record.parent.mkdir(parents=True)
+    record.write_text("0" * 64 + "\n")
+    with pytest.raises(DownloadError, match="it is not used"):
+        fetch_module.fetch(site.entry(), progress=False)
+    record.write_text("abc")
+    with pytest.raises(DownloadError, match="holds no SHA-256 digest"):
+        fetch_module.fetch(site.entry(), progress=False)
+    record.unlink()
+    with pytest.raises(DownloadError, match="it is not used"):
+        fetch_module.fetch(site.entry(sha256="0" * 64), progress=False)
+    assert not list(record.parent.iterdir())
+    digest = hashlib.sha256(archive).hexdigest()
+    assert fetch_module.fetch(site.entry(sha256=digest), progress=False).read_bytes() == archive
+
+
+def test_file_put_there_by_hand(cache: Path, site: Site, archive: bytes) -> None:
+    path = cache / "checkpoints" / "mace-toy-1.model"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(archive)
+    assert fetch_module.fetch(site.entry(), progress=False) == path and site.requests == 0
+    assert path.with_name(path.name + ".sha256").is_file()
+
+
+def test_not_a_pytorch_file(cache: Path, site: Site) -> None:
+    site.content = b"version https://git-lfs.github.com/spec/v1"
+    where = cache / "checkpoints" / "mace-toy-1.model"
+    with pytest.raises(DownloadError, match=rf"no complete zip archive.*save the file as {where}"):
+        fetch_module.fetch(site.entry(), progress=False)
+    assert not list(where.parent.iterdir())
+
+
+def _zip(content: bytes) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        archive.writestr("x", content)
+    return buffer.getvalue()
 
 
 class _Evil:
