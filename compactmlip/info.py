@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from compactmlip import checkpoint
-from compactmlip.models import build
-from compactmlip.models.nequip import NequIPArchitecture
+from compactmlip.models import build, channel_rows
 from compactmlip.spec import ModelSpec
 
 
@@ -31,7 +30,6 @@ def describe(path: str | Path) -> dict[str, Any]:
         kind, spec = "deployed TorchScript file", inspect(path)[0]
     else:
         kind, spec = "checkpoint", checkpoint.read_spec(path)
-    arch = NequIPArchitecture.model_validate(spec.architecture)
     blocks = parameters_by_block(spec)
     provenance = spec.provenance
     return {
@@ -40,7 +38,7 @@ def describe(path: str | Path) -> dict[str, Any]:
         "species": f"{len(spec.species)}: {' '.join(spec.species)}",
         "parameters": f"{sum(blocks.values())}",
         "by block": [f"{name}: {count}" for name, count in blocks.items()],
-        "channels": [f"{name}: {text}" for name, text in arch.summary()],
+        "channels": [f"{name}: {text}" for name, text in channel_rows(spec)],
         "cutoff": f"{spec.cutoff} Angstrom",
         "receptive field": f"{spec.receptive_field} Angstrom",
         "dtype": spec.dtype,

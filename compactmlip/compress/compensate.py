@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from compactmlip.channels import Mask
-from compactmlip.compress.ridge import NormalEquations, choose_ridge
+from compactmlip.compress.refit import StageFit, refit
 from compactmlip.data.graph import (
     MAX_EDGES,
     Derivatives,
@@ -29,45 +29,13 @@ from compactmlip.data.graph import (
     energy_and_derivatives,
 )
 from compactmlip.errors import InputError
-from compactmlip.models import channel_graph, model_device, model_dtype
-from compactmlip.models.nequip import Features, NequIP
-from compactmlip.models.nequip_stages import (
-    LinearStage,
-    State,
-    add_to_weight,
-    block_weight,
-    linear_map,
-    linear_stages,
-    start,
-)
-from compactmlip.progress import Track
+from compactmlip.models import channel_graph, model_device, model_dtype, model_spec
 
 DAMPINGS = (1.0, 10.0, 100.0, 1000.0)
 """Factors on the chosen penalties, tried in turn until the held-out errors stop falling."""
 
 CHECK_ATOMS = 500
 """Energies and forces are checked on held-out folds of at least so many atoms: all folds of a small set."""
-
-
-@dataclass(frozen=True)
-class StageFit:
-    """What the refit of one stage and order did.
-
-    Attributes
-    ----------
-    stage, order
-        Where.
-    ridge
-        Penalty chosen on held-out structures; None means that the weights were left alone.
-    before, after
-        RMS deviation from the original on held-out structures, relative to the RMS of the target.
-    """
-
-    stage: str
-    order: int
-    ridge: float | None
-    before: float
-    after: float
 
 
 @dataclass(frozen=True)
@@ -150,9 +118,10 @@ def compensate(
     Raises
     ------
     InputError
-        If there are fewer than two structures or groups.
+        If there are fewer than two structures or groups, or the models differ in their species.
     """
-    assert isinstance(pruned, NequIP) and isinstance(original, NequIP)
+    if model_spec(pruned).species != model_spec(original).species:
+        raise InputError("compensation needs both models for the same species: cut species before channels.")
     folds = split_folds(len(graphs), groups, num_folds, seed)
     columns = _kept_columns(original, masks)
     data = _fold_batches(graphs, folds, max_edges, pruned)
@@ -165,7 +134,7 @@ def compensate(
         models = {fold: copy.deepcopy(pruned) for fold in held_out}
         for fold, model in models.items():
             rest = [(batch, f) for batch, f in data if f != fold]
-            _refit_all(model, original, columns, rest, damping, "compensation, trial", progress)
+            refit(model, original, columns, rest, damping, title="compensation, trial", progress=progress)
         found = _errors([models[fold] for _, fold in check], check, wanted)
         if _is_better(found, after):
             best, after = damping, found
@@ -174,7 +143,7 @@ def compensate(
     if best is None:
         return Compensation(pruned, None, before, before, ())
     model = copy.deepcopy(pruned)
-    fits = _refit_all(model, original, columns, data, best, "compensation", progress)
+    fits = refit(model, original, columns, data, best, title="compensation", progress=progress)
     return Compensation(model, best, before, after, tuple(fits))
 
 
@@ -209,11 +178,11 @@ def _fold_batches(
     return data
 
 
-def _kept_columns(original: NequIP, masks: Mapping[str, Mask]) -> dict[str, Tensor]:
-    """Output columns of the original's weights that the pruned model still has, by parameter name."""
-    graph = channel_graph(original.spec)
+def _kept_columns(original: nn.Module, masks: Mapping[str, Mask]) -> dict[str, Tensor]:
+    """Output channels (last axis) of the original's weights that the pruned model has, by parameter name."""
+    graph = channel_graph(model_spec(original))
     kept = graph.kept_indices(graph.complete(masks))
-    return {name: torch.as_tensor(axes[-1]) for name, axes in kept.items() if name.endswith(".weight")}
+    return {name: torch.as_tensor(axes[-1]) for name, axes in kept.items() if axes}
 
 
 def _errors(
@@ -226,86 +195,3 @@ def _errors(
         energies.append((found.energies - reference.energies) / batch.num_atoms)
         forces.append((found.forces - reference.forces).flatten())
     return HeldOutError(float(torch.cat(energies).abs().mean()), float(torch.cat(forces).abs().mean()))
-
-
-@torch.no_grad()
-def _refit_all(
-    student: NequIP,
-    teacher: NequIP,
-    columns: Mapping[str, Tensor],
-    data: Sequence[tuple[GraphBatch, int]],
-    damping: float,
-    title: str,
-    progress: bool,
-) -> list[StageFit]:
-    """Walk both models stage by stage; change the student in place."""
-    batches, folds = [batch for batch, _ in data], [fold for _, fold in data]
-    students = [start(student, batch) for batch in batches]
-    teachers = [start(teacher, batch) for batch in batches]
-    fits: list[StageFit] = []
-    stages = list(zip(linear_stages(student), linear_stages(teacher), strict=True))
-    with Track(title, len(stages), "stages", enabled=progress) as track:
-        for stage, source in stages:
-            targets = [source.evaluate(state, source.inputs(state)) for state in teachers]
-            fits += _refit_stage(student, stage, students, targets, columns, folds, damping)
-            teachers = [source.advance(s, y) for s, y in zip(teachers, targets, strict=True)]
-            students = [stage.advance(s, stage.evaluate(s, stage.inputs(s))) for s in students]
-            track.advance(1)
-    return fits
-
-
-def _refit_stage(
-    student: NequIP,
-    stage: LinearStage,
-    states: Sequence[State],
-    targets: Sequence[Features],
-    columns: Mapping[str, Tensor],
-    folds: Sequence[int],
-    damping: float,
-) -> list[StageFit]:
-    maps = [linear_map(student, name) for name in stage.maps]
-    num_orders = max(len(t) for t in targets)
-    sums: list[dict[int, NormalEquations]] = [{} for _ in range(num_orders)]
-    for state, target, fold in zip(states, targets, folds, strict=True):
-        inputs = stage.inputs(state)
-        current = stage.evaluate(state, inputs)
-        for l, wanted in enumerate(target):
-            now = current[l] if l < len(current) else None
-            if wanted is None or now is None:
-                continue
-            blocks = [x[l] for x, m in zip(inputs, maps, strict=True) if block_weight(m, l) is not None]
-            kept = _target_columns(stage, maps, columns, l)
-            design = torch.cat([b.flatten(0, 1) for b in blocks if b is not None], dim=1).double()
-            goal = wanted.index_select(-1, kept.to(wanted.device)).flatten(0, 1).double()
-            if fold not in sums[l]:
-                sums[l][fold] = NormalEquations(design, goal)
-            sums[l][fold].add(design, goal - now.flatten(0, 1).double(), goal)
-    fits = []
-    for l, by_fold in enumerate(sums):
-        if len(by_fold) < 2:
-            continue
-        choice = choose_ridge(list(by_fold.values()), damping)
-        fits.append(StageFit(stage.name, l, choice.ridge, choice.before, choice.after))
-        if choice.change is not None:
-            _apply(maps, l, choice.change)
-    return fits
-
-
-def _target_columns(
-    stage: LinearStage, maps: Sequence[nn.Module], columns: Mapping[str, Tensor], l: int
-) -> Tensor:
-    for name, module in zip(stage.maps, maps, strict=True):
-        if str(l) in module.orders:  # type: ignore[operator]
-            return columns[f"{name}.orders.{l}.weight"]
-    raise AssertionError(f"{stage.name}: order {l} has no map")
-
-
-def _apply(maps: Sequence[nn.Module], l: int, change: Tensor) -> None:
-    """Distribute the solution over the maps whose inputs were put side by side."""
-    row = 0
-    for module in maps:
-        block = block_weight(module, l)  # type: ignore[arg-type]
-        if block is not None:
-            rows = block.weight.shape[-2]
-            add_to_weight(block, change[row : row + rows])
-            row += rows

@@ -10,8 +10,9 @@ from torch import nn
 
 from compactmlip.compress.apply import prune
 from compactmlip.compress.compensate import Compensation, compensate
-from compactmlip.compress.importance import Scores, taylor_importance
+from compactmlip.compress.importance import Scores, importance
 from compactmlip.compress.plan import parse_target, target_sizes, top_channels
+from compactmlip.compress.reshape import cut_layers
 from compactmlip.data.graph import GraphBatch
 from compactmlip.errors import InputError
 from compactmlip.models import model_spec, record_step
@@ -31,7 +32,7 @@ class Compressed:
     compensation
         The refit, or None if it was switched off.
     scores
-        Taylor importance of each channel.
+        Importance of each channel.
     """
 
     sliced: nn.Module
@@ -47,11 +48,13 @@ class Compressed:
 def compress(
     teacher: nn.Module,
     graphs: Sequence[GraphBatch],
-    target: str,
+    target: str | None,
     *,
+    layers: int | None = None,
     radial_hidden: int | None = None,
     readout_hidden: int | None = None,
     odd_paths: bool = False,
+    criterion: str = "taylor",
     with_compensation: bool = True,
     groups: Sequence[object] | None = None,
     seed: int = 0,
@@ -66,12 +69,18 @@ def compress(
     graphs
         Calibration structures as graphs of this model.
     target
-        Channels per order: ``"64x0+32x1"`` for all layers, or one per layer separated by commas.
+        Channels per order: ``"64x0+32x1"`` for all layers, or one per layer separated by commas.  None keeps
+        the channels, which makes sense with ``layers`` only.
+    layers
+        Number of layers to keep; the others are cut first (:func:`compactmlip.compress.reshape.cut_layers`).
     radial_hidden, readout_hidden
         Units to keep in the radial networks and in the readout; all by default.
     odd_paths
         Keep tensor-product paths with odd l1 + l2 + l3.  Models that have them (SevenNet) break inversion
         symmetry; cutting them restores it exactly, and with compensation costs next to no accuracy.
+        Families without such paths ignore it.
+    criterion
+        How channels are ranked, see :func:`compactmlip.compress.importance.importance`.
     with_compensation
         Refit the remaining linear maps (:func:`compactmlip.compress.compensate.compensate`).
     groups
@@ -80,23 +89,32 @@ def compress(
     Raises
     ------
     InputError
-        If the target is malformed, larger than the model, or there is no calibration structure.
+        If the target is malformed, larger than the model, or there is no calibration structure, or the
+        criterion is unknown.
     """
+    if layers is not None:
+        teacher = cut_layers(teacher, layers, graphs=graphs)
+        if target is None:
+            return Compressed(teacher, None, {})
+    elif target is None:
+        raise InputError("nothing to cut: give a target such as 64x0+32x1, or a number of layers.")
     spec = model_spec(teacher)
     wanted = parse_target(target, spec.num_message_passing_layers)
-    sizes = target_sizes(
+    targets = target_sizes(
         spec,
         wanted,
         radial_hidden=radial_hidden,
         readout_hidden=readout_hidden,
         odd_paths=odd_paths,
     )
-    scores = taylor_importance(teacher, _some(graphs, seed), progress=progress)
-    masks = top_channels(spec, sizes, scores)
+    scores = importance(teacher, _some(graphs, seed), criterion, seed=seed, progress=progress)
+    masks = top_channels(spec, targets, scores)
     if all(mask.all() for mask in masks.values()):
         raise InputError(f"the target '{target}' cuts nothing from this model; ask for fewer channels.")
     sliced = prune(teacher, masks)
-    done = {"target": target, "odd_paths": odd_paths, "importance": "taylor", "structures": len(graphs)}
+    done = {"target": target, "odd_paths": odd_paths, "importance": criterion, "structures": len(graphs)}
+    if criterion == "random":
+        done["seed"] = seed
     record_step(sliced, "prune", **done)
     if not with_compensation:
         return Compressed(sliced, None, scores)

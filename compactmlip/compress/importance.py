@@ -2,34 +2,52 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from compactmlip.channels import Slot
 from compactmlip.data.graph import MAX_EDGES, GraphBatch, batches_by_edges, collate
-from compactmlip.errors import InputError
+from compactmlip.errors import InputError, did_you_mean
 from compactmlip.models import channel_graph, model_device, model_dtype, model_spec
 from compactmlip.progress import Track
 
 Scores = dict[str, NDArray[np.float64]]
 """Score of each channel by channel-group name."""
 
+CRITERIA = ("taylor", "taylor-atom", "activation", "magnitude", "random")
+"""Ways to score channels; see :func:`importance`."""
 
-def taylor_importance(
-    model: nn.Module, graphs: Iterable[GraphBatch], *, max_edges: int = MAX_EDGES, progress: bool = False
+
+def importance(
+    model: nn.Module,
+    graphs: Iterable[GraphBatch],
+    criterion: str = "taylor",
+    *,
+    seed: int = 0,
+    max_edges: int = MAX_EDGES,
+    progress: bool = False,
 ) -> Scores:
-    """First-order Taylor importance of every channel that has a feature.
+    """Score every channel that has a feature h, by one of these criteria.
 
-    For channel c of order l (Structural Pruning, importance score)::
+    ``taylor``
+        Mean over structures of the absolute sum over atoms i and components m of h_icm dE/dh_icm: the
+        first-order change of a structure's energy when the channel is cut (Structural Pruning, importance
+        score).
+    ``taylor-atom``
+        The same with the absolute value for each atom: changes of opposite sign do not cancel.
+    ``activation``
+        Root of the mean over structures of the sum over atoms and components of h_icm^2.
+    ``magnitude``
+        Norm of the weights that the channel owns, with their frozen factors; needs no structures.
+    ``random``
+        Uniform random numbers; needs no structures.
 
-        I[c, l] = mean over structures of | sum over atoms i and components m of h_iclm dE/dh_iclm |
-
-    which estimates how much the energy of a structure changes when the channel is cut.  It does not
-    change when a structure is rotated.  Channels that live on edges (radial units) are summed over
-    edges.
+    No score changes when structures are rotated.  Channels of edges (spaces with ``.radial.`` in their
+    name) are summed over edges, in ``taylor-atom`` over the edges of each centre.
 
     Parameters
     ----------
@@ -37,31 +55,120 @@ def taylor_importance(
         A native model.
     graphs
         Calibration structures as graphs of this model.
+    criterion
+        One of :data:`CRITERIA`.
+    seed
+        Of ``random``.
     max_edges
         Largest batch, in edges.
 
     Raises
     ------
     InputError
-        If there is no calibration structure.
+        If the criterion is unknown, or there is no calibration structure and it needs some.
     """
+    if criterion == "taylor":
+        return taylor_importance(model, graphs, max_edges=max_edges, progress=progress)
+    if criterion == "taylor-atom":
+        return _mean_over_structures(model, graphs, _taylor_by_atom, max_edges, progress)
+    if criterion == "activation":
+        means = _mean_over_structures(model, graphs, _squares, max_edges, progress)
+        return {name: np.sqrt(mean) for name, mean in means.items()}
+    if criterion == "magnitude":
+        return _magnitudes(model)
+    if criterion == "random":
+        generator = np.random.default_rng(seed)
+        return {name: generator.random(size) for name, size in _sizes(model).items()}
+    raise InputError(
+        f"unknown importance '{criterion}'; choose one of {', '.join(CRITERIA)}."
+        f"{did_you_mean(criterion, CRITERIA)}"
+    )
+
+
+def taylor_importance(
+    model: nn.Module, graphs: Iterable[GraphBatch], *, max_edges: int = MAX_EDGES, progress: bool = False
+) -> Scores:
+    """First-order Taylor importance, the criterion ``taylor`` of :func:`importance`."""
+    return _mean_over_structures(model, graphs, _taylor_by_structure, max_edges, progress)
+
+
+def _sizes(model: nn.Module) -> dict[str, int]:
+    """Number of channels of each group that has a feature."""
+    groups = channel_graph(model_spec(model)).groups
+    return {name: group.size for name, group in groups.items() if group.space is not None}
+
+
+BatchScores = Callable[[nn.Module, GraphBatch], Scores]
+"""Sums over the structures of a batch."""
+
+
+def _mean_over_structures(
+    model: nn.Module,
+    graphs: Iterable[GraphBatch],
+    batch_scores: BatchScores,
+    max_edges: int,
+    progress: bool,
+) -> Scores:
     graphs = list(graphs)
     if not graphs:
         raise InputError("importance needs at least one calibration structure.")
-    groups = channel_graph(model_spec(model)).groups
-    totals = {name: np.zeros(group.size) for name, group in groups.items() if group.space is not None}
+    totals = {name: np.zeros(size) for name, size in _sizes(model).items()}
     num_atoms = sum(len(g.species) for g in graphs)
     with Track("importance", num_atoms, enabled=progress) as track:
         for indices in batches_by_edges(graphs, max_edges):
             batch = collate([graphs[k] for k in indices]).to(model_device(model), model_dtype(model))
-            for name, score in _batch_scores(model, batch).items():
+            for name, score in batch_scores(model, batch).items():
                 totals[name] += score
             track.advance(len(batch.species))
     return {name: total / len(graphs) for name, total in totals.items()}
 
 
-def _batch_scores(model: nn.Module, batch: GraphBatch) -> Scores:
-    """Sum over the batch's structures of |sum h dE/dh| per channel."""
+def _taylor_by_structure(model: nn.Module, batch: GraphBatch) -> Scores:
+    """Sum over structures of |sum h dE/dh|."""
+    scores = {}
+    for name, product in _taylor_products(model, batch).items():
+        owner = batch.structure[batch.centers] if _is_on_edges(name) else batch.structure
+        scores[name] = _absolute_sums(product, owner, len(batch.num_atoms))
+    return scores
+
+
+def _taylor_by_atom(model: nn.Module, batch: GraphBatch) -> Scores:
+    """Sum over atoms of |sum over components (and the atom's edges) of h dE/dh|."""
+    num_atoms = len(batch.species)
+    everyone = torch.arange(num_atoms, device=batch.species.device)
+    scores = {}
+    for name, product in _taylor_products(model, batch).items():
+        owner = batch.centers if _is_on_edges(name) else everyone
+        scores[name] = _absolute_sums(product, owner, num_atoms)
+    return scores
+
+
+def _squares(model: nn.Module, batch: GraphBatch) -> Scores:
+    """Sum of h^2."""
+    scores: Scores = {}
+
+    def watch(space: str, order: int, x: Tensor) -> Tensor:
+        scores[f"{space}/{order}"] = x.to(torch.float64).square().flatten(0, -2).sum(dim=0).cpu().numpy()
+        return x
+
+    with torch.no_grad():
+        model(batch.species, batch.centers, batch.neighbors, batch.vectors, tap=watch)
+    return scores
+
+
+def _is_on_edges(name: str) -> bool:
+    return ".radial." in name
+
+
+def _absolute_sums(product: Tensor, owner: Tensor, num_owners: int) -> NDArray[np.float64]:
+    """Sum rows by owner, then the owners' absolute values."""
+    total = product.new_zeros(num_owners, product.shape[-1]).index_add(0, owner, product)
+    summed: NDArray[np.float64] = total.abs().sum(dim=0).cpu().numpy()
+    return summed
+
+
+def _taylor_products(model: nn.Module, batch: GraphBatch) -> dict[str, Tensor]:
+    """Sum over components of h dE/dh, (n, channels) in float64, by channel-group name."""
     features: dict[str, Tensor] = {}
 
     def watch(space: str, order: int, x: Tensor) -> Tensor:
@@ -76,17 +183,32 @@ def _batch_scores(model: nn.Module, batch: GraphBatch) -> Scores:
         gradients: Sequence[Tensor | None] = torch.autograd.grad(
             energies.sum(), [features[n] for n in names], allow_unused=True
         )
-    structure_of_edge = batch.structure[batch.centers]
-    scores = {}
+    products = {}
     for name, gradient in zip(names, gradients, strict=True):
         feature = features[name].detach()
-        if gradient is None:
-            scores[name] = np.zeros(feature.shape[-1])
-            continue
-        product = (feature * gradient).to(torch.float64)
-        if product.dim() == 3:
-            product = product.sum(dim=1)
-        owner = structure_of_edge if ".radial." in name else batch.structure
-        total = product.new_zeros(len(batch.num_atoms), product.shape[-1]).index_add(0, owner, product)
-        scores[name] = total.abs().sum(dim=0).cpu().numpy()
+        product = (feature * (torch.zeros_like(feature) if gradient is None else gradient)).to(torch.float64)
+        products[name] = product.sum(dim=1) if product.dim() == 3 else product
+    return products
+
+
+@torch.no_grad()
+def _magnitudes(model: nn.Module) -> Scores:
+    """Norm of all effective weights of the slots of each group."""
+    graph, state = channel_graph(model_spec(model)), model.state_dict()
+    scores = {}
+    for name, size in _sizes(model).items():
+        squares = torch.zeros(size, dtype=torch.float64)
+        for slot in graph.groups[name].slots:
+            squares += _owned_squares(state, slot, size)
+        scores[name] = squares.sqrt().numpy()
     return scores
+
+
+def _owned_squares(state: dict[str, Tensor], slot: Slot, size: int) -> Tensor:
+    """Sum of squares of the effective weights of each channel in one slot."""
+    weight = state[slot.parameter].double().cpu()
+    scale = state.get(f"{slot.parameter.rpartition('.')[0]}.scale")
+    if scale is not None:
+        weight = weight * scale.double().cpu()
+    owned = weight.movedim(slot.axis, 0)[slot.offset : slot.offset + size * slot.block]
+    return owned.reshape(size, -1).square().sum(dim=1)

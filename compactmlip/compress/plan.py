@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
-from compactmlip.channels import Channels, Mask, parse_channels
+from compactmlip import models
+from compactmlip.channels import ChannelGraph, Channels, Mask, parse_channels
 from compactmlip.compress.importance import Scores
 from compactmlip.errors import InputError
 from compactmlip.models import channel_graph
-from compactmlip.models.nequip import NequIPArchitecture
-from compactmlip.models.nequip_channels import path_group
+from compactmlip.models.targets import TargetOptions, Targets, Tie
 from compactmlip.spec import ModelSpec
 
 
@@ -38,59 +39,112 @@ def target_sizes(
     radial_hidden: int | None = None,
     readout_hidden: int | None = None,
     odd_paths: bool = True,
-) -> dict[str, int]:
+) -> Targets:
     """Number of channels to keep in each group.
 
-    The channels of layer t's output are ``target[t]``, never more than there are; the last layer keeps
-    only the orders that it has.  The embedding gets the scalars of the first layer, and the
-    neighbours' features as many channels as enter the layer.  Spherical harmonics above the largest
-    order of the target are dropped.  Without ``odd_paths``, so are the tensor-product paths with odd
-    l1 + l2 + l3: they change sign under inversion, and without them the energy is exactly invariant.
+    The channels of layer t's output are ``target[t]``, never more than there are; orders that it does not
+    list are cut.  What else follows is the family's business (its ``..._plan`` module); a family ignores
+    options that mean nothing for it.
+
+    Parameters
+    ----------
+    spec
+        Of the model to cut.
+    target
+        Channels per order for each layer.
+    radial_hidden, readout_hidden, odd_paths
+        See :class:`compactmlip.models.targets.TargetOptions`.
 
     Raises
     ------
     InputError
-        If the target has no scalars, or asks for nothing smaller than the model.
+        If a layer's target has no scalars.
     """
-    arch = NequIPArchitecture.model_validate(spec.architecture)
     if any(not channels or not channels[0] for channels in target):
         raise InputError("a target needs scalar channels in every layer, for instance 64x0+32x1.")
-    sizes = {"embedding/0": min(arch.embedding, target[0][0])}
-    highest = max(len(channels) - 1 for channels in target)
-    for l in range(arch.lmax_edge + 1):
-        sizes[f"edge_harmonics/{l}"] = int(l <= highest)
-    into: Channels = (sizes["embedding/0"],)
-    for t, (layer, wanted) in enumerate(zip(arch.layers, target, strict=True)):
-        for l, available in enumerate(layer.up):
-            if available:
-                sizes[f"layers.{t}.up/{l}"] = min(available, into[l] if l < len(into) else 0)
-        out = tuple(min(c, wanted[l]) if l < len(wanted) else 0 for l, c in enumerate(layer.out))
-        for l, available in enumerate(layer.out):
-            if available:
-                sizes[f"layers.{t}.out/{l}"] = out[l]
-        for k, available in enumerate(layer.radial_hidden):
-            sizes[f"layers.{t}.radial.{k}/0"] = min(available, radial_hidden or available)
-        if not odd_paths:
-            sizes |= {path_group(t, path): int(sum(path) % 2 == 0) for path in layer.paths}
-        into = out
-    sizes["readout.hidden/0"] = min(arch.readout_hidden, readout_hidden or arch.readout_hidden)
-    return sizes
+    options = TargetOptions(radial_hidden, readout_hidden, odd_paths)
+    return models.target_sizes(spec, target, options)
 
 
-def top_channels(spec: ModelSpec, sizes: Mapping[str, int], scores: Scores) -> dict[str, Mask]:
-    """Masks that keep the ``sizes[group]`` highest-scoring channels of each group.
+def top_channels(spec: ModelSpec, targets: Targets, scores: Scores) -> dict[str, Mask]:
+    """Masks that keep the highest-scoring channels of each group.
 
-    Ties are broken by channel index, so that the result does not depend on the machine.
+    Tied groups are ranked by the sum of their scores.  Equal scores are ranked by channel index, so that
+    the result does not depend on the machine.
+
+    Raises
+    ------
+    InputError
+        If tied groups have different targets.
+    ValueError
+        If the family declares ties that its groups do not allow.
     """
+    return choose(channel_graph(spec), targets, scores)
+
+
+def choose(graph: ChannelGraph, targets: Targets, scores: Scores) -> dict[str, Mask]:
+    """:func:`top_channels` for the groups of a graph."""
+    tie_of = {name: tie for tie in targets.ties for name in tie.groups}
+    _check(graph, targets, tie_of)
     masks: dict[str, Mask] = {}
-    for name, group in channel_graph(spec).groups.items():
-        if name not in sizes:
+    for name, group in graph.groups.items():
+        if name in masks or not (name in targets.sizes or name in tie_of):
             continue
-        if group.space is None:
-            masks[name] = np.full(group.size, bool(sizes[name]))
-            continue
-        order = np.argsort(-scores[name], kind="stable")
-        mask = np.zeros(group.size, dtype=bool)
-        mask[order[: sizes[name]]] = True
-        masks[name] = mask
+        if name in tie_of:
+            tie = tie_of[name]
+            mask = _highest(_tied_score(tie, scores), _tied_target(tie, targets.sizes))
+            masks |= {tied: mask.copy() for tied in tie.groups}
+        elif group.space is None:
+            masks[name] = np.full(group.size, bool(targets.sizes[name]))
+        else:
+            masks[name] = _highest(scores[name], targets.sizes[name])
+    for follow in targets.follows:
+        parts = [masks.get(name, np.ones(graph.groups[name].size, dtype=bool)) for name in follow.of]
+        masks[follow.group] = np.logical_or.reduce(parts)
     return masks
+
+
+def _highest(score: NDArray[np.float64], count: int) -> Mask:
+    mask = np.zeros(len(score), dtype=bool)
+    mask[np.argsort(-score, kind="stable")[:count]] = True
+    return mask
+
+
+def _tied_score(tie: Tie, scores: Scores) -> NDArray[np.float64]:
+    """Sum of the scores that rank the channels of a tie."""
+    names = tie.scored_by or tuple(name for name in tie.groups if name in scores)
+    if not names:
+        raise ValueError(f"no group of the tie {tie.groups} has scores; name some in scored_by")
+    total: NDArray[np.float64] = np.sum([scores[name] for name in names], axis=0)
+    return total
+
+
+def _tied_target(tie: Tie, sizes: Mapping[str, int]) -> int:
+    """Number of channels that all groups of a tie keep."""
+    wanted = {name: sizes[name] for name in tie.groups if name in sizes}
+    if not wanted:
+        raise ValueError(f"no group of the tie {tie.groups} has a target")
+    if len(set(wanted.values())) > 1:
+        listed = ", ".join(f"{count} of {name}" for name, count in wanted.items())
+        raise InputError(
+            f"the target asks to keep {listed}, but these groups share their channels; "
+            "ask for the same number in each."
+        )
+    return next(iter(wanted.values()))
+
+
+def _check(graph: ChannelGraph, targets: Targets, tie_of: Mapping[str, Tie]) -> None:
+    """Refuse what a family must not declare."""
+    sets = [(*tie.groups, *tie.scored_by) for tie in targets.ties]
+    sets += [(follow.group, *follow.of) for follow in targets.follows]
+    for names in sets:
+        unknown = [name for name in names if name not in graph.groups]
+        if unknown:
+            raise ValueError(f"ties or follows name unknown groups {unknown}")
+        if len({graph.groups[name].size for name in names}) > 1:
+            raise ValueError(f"groups of different sizes cannot share their channels: {names}")
+    led = [name for tie in targets.ties for name in tie.groups] + [f.group for f in targets.follows]
+    twice = {name for name in led if led.count(name) > 1}
+    twice |= {follow.group for follow in targets.follows if follow.group in targets.sizes}
+    if twice:
+        raise ValueError(f"more than one rule for groups {sorted(twice)}")

@@ -24,7 +24,8 @@ from compactmlip.families.unpickle import load_restricted
 from compactmlip.models import build
 from compactmlip.models.angular import wigner_3j
 from compactmlip.models.convolution import Path as TensorPath, message_channels, radial_columns
-from compactmlip.models.nequip import NequIPArchitecture, NequIPLayer, gate_input_channels
+from compactmlip.models.gate import gate_input_channels
+from compactmlip.models.nequip import NequIPArchitecture, NequIPLayer
 from compactmlip.spec import ModelSpec, Provenance
 
 _OLD_NAMES = {

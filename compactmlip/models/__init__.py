@@ -15,16 +15,25 @@ from torch import nn
 from compactmlip.errors import CheckpointError, did_you_mean
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping, Sequence
 
-    from compactmlip.channels import ChannelGraph, Mask
+    from compactmlip.channels import ChannelGraph, Channels, Mask
+    from compactmlip.data.graph import GraphBatch
+    from compactmlip.models.stages import Stage
+    from compactmlip.models.targets import TargetOptions, Targets
     from compactmlip.spec import ModelSpec
 
-FAMILIES = {"nequip": "compactmlip.models.nequip:NequIP"}
+FAMILIES = {"mace": "compactmlip.models.mace:MACE", "nequip": "compactmlip.models.nequip:NequIP"}
 """Family name -> "module:class"; imported when first used."""
 
-STRUCTURES = {"nequip": "compactmlip.models.nequip_channels"}
+STRUCTURES = {"mace": "compactmlip.models.mace_channels", "nequip": "compactmlip.models.nequip_channels"}
 """Family name -> module with ``channel_graph(spec)`` and ``pruned_spec(spec, masks)``."""
+
+PLANS = {"mace": "compactmlip.models.mace_plan", "nequip": "compactmlip.models.nequip_plan"}
+"""Family name -> module with ``target_sizes(spec, target, options)`` and ``channel_rows(spec)``."""
+
+STAGES = {"mace": "compactmlip.models.mace_stages", "nequip": "compactmlip.models.nequip_stages"}
+"""Family name -> module with ``start(model, batch)`` and ``linear_stages(model)``."""
 
 FLOAT64_BUFFERS = frozenset({"energy_scale", "energy_shift"})
 """Buffers that stay in float64 whatever the compute dtype: energies are summed in float64."""
@@ -97,13 +106,33 @@ def record_step(model: nn.Module, action: str, **options: Any) -> None:
 
 def channel_graph(spec: ModelSpec) -> ChannelGraph:
     """Return the channel groups of a spec's family."""
-    return typing_cast("ChannelGraph", _structure(spec).channel_graph(spec))
+    return typing_cast("ChannelGraph", _module(STRUCTURES, spec).channel_graph(spec))
 
 
 def pruned_spec(spec: ModelSpec, masks: Mapping[str, Mask]) -> ModelSpec:
     """Return the spec that is left when only the masked-in channels of each group stay."""
-    return typing_cast("ModelSpec", _structure(spec).pruned_spec(spec, masks))
+    return typing_cast("ModelSpec", _module(STRUCTURES, spec).pruned_spec(spec, masks))
 
 
-def _structure(spec: ModelSpec) -> Any:
-    return importlib.import_module(STRUCTURES[spec.family])
+def target_sizes(spec: ModelSpec, target: Sequence[Channels], options: TargetOptions) -> Targets:
+    """Return what a target, channels per order for each layer, means for the channel groups."""
+    return typing_cast("Targets", _module(PLANS, spec).target_sizes(spec, target, options))
+
+
+def channel_rows(spec: ModelSpec) -> list[tuple[str, str]]:
+    """Return rows (what, channels) that show a spec's channels to people."""
+    return typing_cast("list[tuple[str, str]]", _module(PLANS, spec).channel_rows(spec))
+
+
+def start_state(model: nn.Module, batch: GraphBatch) -> Any:
+    """Return the state of a batch before the first of :func:`linear_stages`."""
+    return _module(STAGES, model_spec(model)).start(model, batch)
+
+
+def linear_stages(model: nn.Module) -> Iterator[Stage[Any]]:
+    """Return the stages of a model's forward pass; see :mod:`compactmlip.models.stages`."""
+    return typing_cast("Iterator[Stage[Any]]", _module(STAGES, model_spec(model)).linear_stages(model))
+
+
+def _module(registry: Mapping[str, str], spec: ModelSpec) -> Any:
+    return importlib.import_module(registry[spec.family])

@@ -8,7 +8,6 @@ differ from layer to layer.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -18,12 +17,12 @@ from torch import Tensor, nn
 from compactmlip.channels import Channels, format_channels
 from compactmlip.models.angular import SphericalHarmonics
 from compactmlip.models.convolution import Convolution, Edges, Path, message_channels
+from compactmlip.models.gate import gate, gate_input_channels
 from compactmlip.models.linear import (
     EquivariantLinear,
     ScaledWeight,
     Tap,
     apply_tap,
-    normalised_silu,
 )
 from compactmlip.models.radial import BesselBasis, Envelope
 from compactmlip.spec import ModelSpec
@@ -78,34 +77,6 @@ class NequIPArchitecture(BaseModel):
         rows = [("embedding", format_channels((self.embedding,)))]
         rows += [(f"layer {t}", format_channels(layer.out)) for t, layer in enumerate(self.layers)]
         return rows
-
-
-def gate_input_channels(out: Sequence[int]) -> Channels:
-    """Channels that the gate reads: scalars, then one gate scalar per channel of order > 0."""
-    if not out:
-        return ()
-    return (sum(out), *out[1:])
-
-
-def gate(x: Sequence[Tensor | None], out: Sequence[int]) -> Features:
-    """SiLU on scalars; channels of order > 0 are multiplied by SiLU of their gate scalar.
-
-    ``x[0]`` holds the scalars followed by the gates of order 1, 2, ...  Both use the SiLU with unit
-    second moment.
-    """
-    scalars = x[0]
-    assert scalars is not None
-    active = normalised_silu(scalars)
-    result: Features = [active[..., : out[0]] if out[0] else None]
-    start = out[0]
-    for l in range(1, len(out)):
-        features = x[l] if l < len(x) else None
-        if not out[l] or features is None:
-            result.append(None)
-            continue
-        result.append(features * active[..., start : start + out[l]])
-        start += out[l]
-    return result
 
 
 class NequIPBlock(nn.Module):

@@ -206,6 +206,12 @@ def test_compensation_never_returns_something_worse(small_model: nn.Module) -> N
         assert result.model is sliced
 
 
+def test_compensation_needs_the_same_species(small_model: nn.Module) -> None:
+    masks = {"species": np.array([True, True, True, True, False])}
+    with pytest.raises(InputError, match="same species"):
+        compensate(prune(small_model, masks), small_model, masks, _graphs(small_model, 2))
+
+
 @pytest.mark.parametrize(
     ("energy", "forces", "better"),
     [

@@ -1,0 +1,209 @@
+"""Refit of a pruned model, stage by stage: from samples to normal equations to weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compactmlip.compress.ridge import Chunk, NormalEquations, choose_ridge
+from compactmlip.data.graph import GraphBatch
+from compactmlip.models import linear_stages, model_spec, start_state
+from compactmlip.models.stages import Features, Fit, Stage
+from compactmlip.progress import Track
+
+MAX_BYTES = 200_000_000
+"""Normal equations that need more memory are made for some species and channels at a time."""
+
+
+@dataclass(frozen=True)
+class StageFit:
+    """What the refit of one stage and order did.
+
+    Attributes
+    ----------
+    stage, order
+        Where.
+    ridge
+        Penalty chosen on held-out structures; None means that the weights were left alone.
+    before, after
+        RMS deviation from the original on held-out structures, relative to the RMS of the target.
+    """
+
+    stage: str
+    order: int
+    ridge: float | None
+    before: float
+    after: float
+
+
+@torch.no_grad()
+def refit(
+    student: nn.Module,
+    teacher: nn.Module,
+    columns: Mapping[str, Tensor],
+    data: Sequence[tuple[GraphBatch, int]],
+    damping: float,
+    *,
+    title: str = "refit",
+    progress: bool = False,
+) -> list[StageFit]:
+    """Walk both models stage by stage and fit the student, in place, to what the teacher computes.
+
+    Parameters
+    ----------
+    student, teacher
+        A pruned model and its original.
+    columns
+        Output channels of the teacher's weights that the student still has, by parameter name.
+    data
+        Batches and the fold of the cross-validation that each belongs to.
+    damping
+        Factor on the penalties that are chosen.
+    """
+    batches = [batch for batch, _ in data]
+    students = [start_state(student, batch) for batch in batches]
+    teachers = [start_state(teacher, batch) for batch in batches]
+    num_species = len(model_spec(student).species)
+    fits: list[StageFit] = []
+    stages = list(zip(linear_stages(student), linear_stages(teacher), strict=True))
+    with Track(title, len(stages), "stages", enabled=progress) as track:
+        for stage, source in stages:
+            targets = [source.evaluate(state) for state in teachers]
+            fits += refit_stage(stage, students, targets, columns, data, damping, num_species)
+            teachers = [source.advance(s, y) for s, y in zip(teachers, targets, strict=True)]
+            students = [stage.advance(s, stage.evaluate(s)) for s in students]
+            track.advance(1)
+    return fits
+
+
+def refit_stage(
+    stage: Stage[Any],
+    states: Sequence[Any],
+    targets: Sequence[Features],
+    columns: Mapping[str, Tensor],
+    data: Sequence[tuple[GraphBatch, int]],
+    damping: float,
+    num_species: int,
+) -> list[StageFit]:
+    """Fit one stage, in place, given its states and what the teacher computes, for each batch."""
+    if len({fold for _, fold in data}) < 2:
+        return []
+    currents = [stage.evaluate(state) for state in states]
+    done = []
+    for fit in stage.fits:
+        kept = columns[fit.parameter]
+        samples = [
+            _sample(fit, kept, state, target, current, batch, fold)
+            for state, target, current, (batch, fold) in zip(states, targets, currents, data, strict=True)
+        ]
+        problem = _Problem(fit, samples)
+        choice = choose_ridge(problem.chunks(), damping)
+        done.append(StageFit(stage.name, fit.order, choice.ridge, choice.before, choice.after))
+        if choice.change is not None:
+            fit.apply(problem.weights(choice.change, num_species))
+    return done
+
+
+@dataclass(frozen=True)
+class _Sample:
+    """What one batch says about one fit; ``nodes`` lists the batch's nodes by species, None for all."""
+
+    state: Any
+    goal: Tensor
+    current: Tensor
+    nodes: Mapping[int, Tensor | None]
+    fold: int
+
+
+def _sample(
+    fit: Fit[Any],
+    kept: Tensor,
+    state: Any,
+    target: Features,
+    current: Features,
+    batch: GraphBatch,
+    fold: int,
+) -> _Sample:
+    wanted, now = target[fit.order], current[fit.order]
+    assert wanted is not None and now is not None
+    nodes: dict[int, Tensor | None] = {0: None}
+    if fit.kind != "shared":
+        present: list[int] = torch.unique(batch.species).tolist()
+        nodes = {z: torch.nonzero(batch.species == z).squeeze(-1) for z in present}
+    return _Sample(state, wanted.index_select(-1, kept.to(wanted.device)), now, nodes, fold)
+
+
+class _Problem:
+    """One fit as blocks of normal equations: species after species, in each channel after channel.
+
+    Species that no batch has are left out.
+    """
+
+    def __init__(self, fit: Fit[Any], samples: Sequence[_Sample]) -> None:
+        self.fit, self.samples = fit, samples
+        self.species = sorted({z for sample in samples for z in sample.nodes})
+        self.folds = list(dict.fromkeys(sample.fold for sample in samples))
+        self.num_inputs = fit.design(samples[0].state).shape[2]
+        num_outputs = samples[0].goal.shape[-1]
+        self.per_channel = fit.kind == "channel"
+        self.width, self.num_outputs = (num_outputs, 1) if self.per_channel else (1, num_outputs)
+
+    def chunks(self) -> list[Chunk]:
+        """Chunks that fit in memory; a single one is kept."""
+        # All folds, and a sum, a difference, its scaled copy and its eigenvectors.
+        floats = (len(self.folds) + 4) * self.num_inputs * (self.num_inputs + self.num_outputs)
+        step = max(1, MAX_BYTES // (8 * max(floats, 1)))
+        total = len(self.species) * self.width
+        if step >= total:
+            folds = self._equations(0, total)
+            return [lambda: folds]
+        return [partial(self._equations, k, min(k + step, total)) for k in range(0, total, step)]
+
+    def _equations(self, first: int, stop: int) -> list[NormalEquations]:
+        """Normal equations of blocks ``first ... stop - 1``, one for each fold."""
+        device = self.samples[0].goal.device
+        sizes = (stop - first, self.num_inputs, self.num_outputs)
+        folds = {fold: NormalEquations(*sizes, device=device) for fold in self.folds}
+        for sample in self.samples:
+            parts = self._parts(sample, first, stop)
+            if not parts:
+                continue
+            design = self.fit.design(sample.state)
+            tensors = [sample.goal.double() - sample.current.double(), sample.goal.double()]
+            # A channel's columns are its own: one column per block.
+            columns = [x.unsqueeze(-2) if self.per_channel else x.unsqueeze(-1) for x in tensors]
+            inputs = design if self.per_channel else design.unsqueeze(-1)
+            for nodes, channels, position in parts:
+                a, b, goal = (_blocks(x, nodes, channels) for x in (inputs, *columns))
+                folds[sample.fold].add(a, b, goal, first=position)
+        return list(folds.values())
+
+    def _parts(self, sample: _Sample, first: int, stop: int) -> list[tuple[Tensor | None, slice, int]]:
+        """Nodes, channels and place among blocks ``first ... stop - 1`` of what a batch contributes."""
+        parts = []
+        for k, z in enumerate(self.species):
+            start = k * self.width
+            low, high = max(first - start, 0), min(stop - start, self.width)
+            if z in sample.nodes and low < high:
+                parts.append((sample.nodes[z], slice(low, high), start + low - first))
+        return parts
+
+    def weights(self, change: Tensor, num_species: int) -> Tensor:
+        """Turn blocks (B, p, q) into the shape that the fit applies; species without samples get 0."""
+        if self.fit.kind == "shared":
+            return change[0]
+        if self.per_channel:
+            change = change.reshape(len(self.species), self.width, self.num_inputs).mT
+        full = change.new_zeros(num_species, *change.shape[1:])
+        return full.index_copy(0, torch.tensor(self.species, device=change.device), change)
+
+
+def _blocks(x: Tensor, nodes: Tensor | None, channels: slice) -> Tensor:
+    """Turn (n_nodes, 2l+1, p, channels) into (channels, samples, p) of some nodes and channels."""
+    x = x if nodes is None else x.index_select(0, nodes)
+    return x[..., channels].permute(3, 0, 1, 2).flatten(1, 2).double()
