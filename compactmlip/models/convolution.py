@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from compactmlip.models.angular import wigner_3j
-from compactmlip.models.linear import RadialMLP, Tap
+from compactmlip.models.linear import NormedMLP, RadialMLP, Tap
 
 Path = tuple[int, int, int]
 """(l of the neighbour's feature, l of the spherical harmonic, l of the message)."""
@@ -28,12 +28,15 @@ class Edges:
         (E, n_basis) radial basis times envelope.
     harmonics
         (E, (lmax + 1)^2) spherical harmonics of the edge vectors.
+    envelope
+        (E, 1) cutoff envelope that multiplies the path weights, where the basis does not contain it.
     """
 
     centers: Tensor
     neighbors: Tensor
     basis: Tensor
     harmonics: Tensor
+    envelope: Tensor | None = None
 
 
 def group_by_input(paths: Sequence[Path]) -> dict[int, list[Path]]:
@@ -89,6 +92,8 @@ class Convolution(nn.Module):
         Largest order of the spherical harmonics handed in.
     radial_sizes
         Basis size and hidden sizes of the radial network.
+    radial_network
+        Class of the radial network; it is built with ``radial_sizes`` and the number of path weights.
     """
 
     normalisation: Tensor
@@ -99,13 +104,14 @@ class Convolution(nn.Module):
         paths: Sequence[Path],
         lmax_edge: int,
         radial_sizes: Sequence[int],
+        radial_network: type[RadialMLP] | type[NormedMLP] = RadialMLP,
     ) -> None:
         super().__init__()
         self.channels = tuple(channels)
         self.grouped = group_by_input(paths)
         self.lmax_out = max((p[2] for p in paths), default=0)
         num_weights = sum(self.channels[p[0]] for p in paths)
-        self.radial = RadialMLP([*radial_sizes, num_weights])
+        self.radial = radial_network([*radial_sizes, num_weights])
         self.register_buffer("normalisation", torch.ones((), dtype=torch.float64))
         for l1, group in self.grouped.items():
             self.register_buffer(f"coupling_{l1}", _coupling(group, lmax_edge), persistent=False)
@@ -120,6 +126,8 @@ class Convolution(nn.Module):
         Rows are ordered as :func:`message_rows` says.
         """
         weights = self.radial(edges.basis, tap, space)
+        if edges.envelope is not None:
+            weights = weights * edges.envelope
         pieces: list[list[Tensor]] = [[] for _ in range(self.lmax_out + 1)]
         start = 0
         for l1, group in self.grouped.items():

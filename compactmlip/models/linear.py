@@ -102,7 +102,8 @@ def _per_species(features: Tensor, weight: Tensor, species: Tensor | None) -> Te
     if species is None:
         raise ValueError("weights per species need the species index of each node")
     out = features.new_zeros((features.shape[0], features.shape[1], weight.shape[-1]))
-    for s in range(weight.shape[0]):
+    everything = range(weight.shape[0])
+    for s in everything if torch.jit.is_tracing() else torch.unique(species).tolist():
         chosen = torch.nonzero(species == s).squeeze(-1)
         out = out.index_add(0, chosen, features.index_select(0, chosen) @ weight[s])
     return out
@@ -126,3 +127,21 @@ class RadialMLP(nn.Module):
             if k < last:
                 x = apply_tap(tap, f"{space}.{k}", 0, normalised_silu(x))
         return x
+
+
+class NormedMLP(nn.Module):
+    """Network of biased linear layers with layer normalisation and plain SiLU between them."""
+
+    def __init__(self, sizes: Sequence[int]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(
+            nn.Linear(n_in, n_out, dtype=torch.float64) for n_in, n_out in pairwise(sizes)
+        )
+        self.norms = nn.ModuleList(nn.LayerNorm(n, dtype=torch.float64) for n in sizes[1:-1])
+
+    def forward(self, x: Tensor, tap: Tap | None = None, space: str = "") -> Tensor:
+        """Return (E, sizes[-1]); hidden units are normalised together, so none can be cut alone."""
+        for layer, norm in zip(self.layers, self.norms, strict=False):
+            x = functional.silu(norm(layer(x)))
+        result: Tensor = self.layers[-1](x)
+        return result
