@@ -12,6 +12,7 @@ import typer
 
 from compactmlip import __version__
 from compactmlip.cli_types import (
+    AcceptLicence,
     AsJSON,
     Config,
     Device,
@@ -97,11 +98,29 @@ def info(file: Path, as_json: AsJSON = False) -> None:
 
 
 @app.command()
+def models(as_json: AsJSON = False) -> None:
+    """List the foundation models that are known by name, with licence and source."""
+    from compactmlip.families.names import FAMILIES, LICENCES, NAMED_CHECKPOINTS
+
+    if as_json:
+        keys = ("name", "aliases", "family", "licence", "source", "citation")
+        print(json.dumps([{key: getattr(entry, key) for key in keys} for entry in NAMED_CHECKPOINTS]))
+        return
+    width = max(len(entry.name) for entry in NAMED_CHECKPOINTS)
+    for entry in NAMED_CHECKPOINTS:
+        print(f"{entry.name:{width}}  {FAMILIES[entry.family]:8}  {entry.licence}  {entry.source}")
+    for name, licence in LICENCES.items():
+        how = f"; {licence.restriction}; accept with --accept-licence {name}" if licence.restriction else ""
+        print(f"{name}: {licence.title}, {licence.url}{how}")
+
+
+@app.command()
 def convert(
-    model: Annotated[str, typer.Argument(help="Name (7net-l3i5, 7net-0, 7net-mf-0, ...) or upstream file.")],
+    model: Annotated[str, typer.Argument(help="Name (see 'compactmlip models') or upstream file.")],
     output: Output = None,
     species: Species = None,
     modality: Modality = None,
+    accept_licence: AcceptLicence = None,
     dtype: Annotated[str, typer.Option(help="float32 or float64.")] = "float32",
     as_json: AsJSON = False,
 ) -> None:
@@ -113,9 +132,41 @@ def convert(
     if dtype not in checkpoint.DTYPES:
         raise InputError(f"unknown dtype '{dtype}'; choose float32 or float64.")
     path = output or Path(f"{Path(model).stem}.safetensors")
-    native = load_model(model, modality=modality, dtype=checkpoint.DTYPES[dtype])
+    native = load_model(
+        model,
+        modality=modality,
+        dtype=checkpoint.DTYPES[dtype],
+        accept_licence=accept_licence,
+        progress=not as_json,
+    )
     symbols = _symbols(species)
     checkpoint.save(keep_species(native, symbols) if symbols else native, path)
+    _result(as_json, f"wrote {path}", output=path)
+
+
+@app.command()
+def export(
+    model: Annotated[str, typer.Argument(help="Name or checkpoint of a MACE model.")],
+    output: Output = None,
+    modality: Modality = None,
+    accept_licence: AcceptLicence = None,
+    dtype: Annotated[str | None, typer.Option(help="float32 or float64; the model's own by default.")] = None,
+    as_json: AsJSON = False,
+) -> None:
+    """Write a MACE model as a .model file for mace-torch (needs mace-torch)."""
+    from compactmlip import checkpoint
+    from compactmlip.families import load_model
+    from compactmlip.families.mace_export import export_model
+
+    if dtype is not None and dtype not in checkpoint.DTYPES:
+        raise InputError(f"unknown dtype '{dtype}'; choose float32 or float64.")
+    path = output or Path(f"{Path(model).stem}.model")
+    if path.exists() and Path(model).exists() and path.samefile(model):
+        raise InputError(f"{path} would be written over itself; name another file with --output.")
+    native = load_model(
+        model, modality=modality, dtype=None, accept_licence=accept_licence, progress=not as_json
+    )
+    export_model(native, path, dtype=checkpoint.DTYPES[dtype] if dtype else None)
     _result(as_json, f"wrote {path}", output=path)
 
 
@@ -126,6 +177,7 @@ def sample(
     output: Output = None,
     number: Annotated[int | None, typer.Option("-n", help="Number of structures.")] = None,
     modality: Modality = None,
+    accept_licence: AcceptLicence = None,
     device: Device = "cpu",
     seed: Seed = None,
     config: Config = None,
@@ -140,7 +192,8 @@ def sample(
     options = resolve(SampleOptions, config, settings or [], n=number, seed=seed)
     frames = read_structures(structures)
     path = output or Path("samples.xyz")
-    made = run(frames, _teacher_for(teacher, modality, frames, device), options, progress=not as_json)
+    loaded = _teacher_for(teacher, modality, accept_licence, frames, device, not as_json)
+    made = run(frames, loaded, options, progress=not as_json)
     write_labelled(path, made)
     _result(as_json, f"wrote {len(made)} structures to {path}", output=path, structures=len(made))
 
@@ -151,6 +204,7 @@ def label(
     teacher: Teacher = "7net-l3i5",
     output: Output = None,
     modality: Modality = None,
+    accept_licence: AcceptLicence = None,
     device: Device = "cpu",
     as_json: AsJSON = False,
 ) -> None:
@@ -160,7 +214,8 @@ def label(
 
     frames = read_structures(structures)
     path = output or Path("labelled.xyz")
-    done = run(frames, _teacher_for(teacher, modality, frames, device), path, progress=not as_json)
+    loaded = _teacher_for(teacher, modality, accept_licence, frames, device, not as_json)
+    done = run(frames, loaded, path, progress=not as_json)
     _result(as_json, f"wrote {len(done)} labelled structures to {path}", output=path, structures=len(done))
 
 
@@ -174,12 +229,20 @@ def prune(
     output: Output = None,
     species: Species = None,
     modality: Modality = None,
+    accept_licence: AcceptLicence = None,
+    layers: Annotated[
+        int | None,
+        typer.Option(help="Message-passing layers to keep (MACE); with --to, channels are cut as well."),
+    ] = None,
     compensate: Annotated[bool, typer.Option(help="Refit linear maps in closed form.")] = True,
     radial_hidden: Annotated[int | None, typer.Option(help="Units to keep in the radial networks.")] = None,
     readout_hidden: Annotated[int | None, typer.Option(help="Units to keep in the readout.")] = None,
     odd_paths: Annotated[
         bool, typer.Option(help="Keep tensor-product paths that break inversion symmetry.")
     ] = False,
+    importance: Annotated[
+        str, typer.Option(help="Ranks channels: taylor, taylor-atom, activation, magnitude or random.")
+    ] = "taylor",
     group_key: Annotated[
         str | None,
         typer.Option(help="info key naming the material of a frame; validates the refit across materials."),
@@ -199,8 +262,10 @@ def prune(
     from compactmlip.models import model_dtype, num_parameters
 
     frames = read_structures(calibration)
-    teacher: Any = load_model(model, modality=modality, dtype=None)
-    teacher = keep_species(teacher, _symbols(species) or _present(frames)).to(usable_device(device))
+    loaded = load_model(
+        model, modality=modality, dtype=None, accept_licence=accept_licence, progress=not as_json
+    )
+    teacher: Any = keep_species(loaded, _symbols(species) or _present(frames)).to(usable_device(device))
     graphs = [build_graph(a, teacher.spec, model_dtype(teacher)) for a in frames]
     groups = None
     if group_key is not None:
@@ -211,10 +276,12 @@ def prune(
     made = compress(
         teacher,
         graphs,
-        to or "64x0+32x1+16x2",
+        to or (None if layers else "64x0+32x1+16x2"),
+        layers=layers,
         radial_hidden=radial_hidden,
         readout_hidden=readout_hidden,
         odd_paths=odd_paths,
+        criterion=importance,
         with_compensation=compensate,
         groups=groups,
         seed=seed,
@@ -320,6 +387,7 @@ def specialize(
     output: Output = None,
     teacher: Annotated[str | None, typer.Option(help="Name or checkpoint file.")] = None,
     modality: Modality = None,
+    accept_licence: AcceptLicence = None,
     species: Species = None,
     to: To = None,
     number: Annotated[int | None, typer.Option("-n", help="Number of structures to sample.")] = None,
@@ -337,6 +405,7 @@ def specialize(
     options = {
         "teacher": teacher,
         "modality": modality,
+        "accept_licence": accept_licence,
         "species": _symbols(species),
         "to": to,
         "sample__n": number,
@@ -361,6 +430,7 @@ def quickstart(
         Path | None, typer.Argument(help="Structure file; rock-salt MgO if none is given.")
     ] = None,
     teacher: Annotated[str | None, typer.Option(help="Name or checkpoint file.")] = None,
+    accept_licence: AcceptLicence = None,
     minutes: Annotated[float | None, typer.Option(help="Time for everything.")] = None,
     output: Output = None,
     as_json: AsJSON = False,
@@ -371,7 +441,7 @@ def quickstart(
     from compactmlip.data.read import read_structures
 
     atoms = read_structures([structure]) if structure else [bulk("MgO", "rocksalt", a=4.21, cubic=True)]
-    options = {"teacher": teacher, "minutes": minutes}
+    options = {"teacher": teacher, "accept_licence": accept_licence, "minutes": minutes}
     _specialize(atoms, output or Path("compactmlip-quickstart"), options, None, None, as_json)
 
 
@@ -399,14 +469,21 @@ def _present(frames: list[Any]) -> tuple[str, ...]:
     return tuple(sorted({s for a in frames for s in a.get_chemical_symbols()}))
 
 
-def _teacher_for(name: str, modality: str | None, frames: list[Any], device: str) -> Any:
+def _teacher_for(
+    name: str,
+    modality: str | None,
+    accept_licence: str | None,
+    frames: list[Any],
+    device: str,
+    progress: bool,
+) -> Any:
     """Load a teacher and drop the species that the structures do not have."""
     from compactmlip.compress.apply import keep_species
     from compactmlip.deploy.archive import usable_device
     from compactmlip.families import load_model
 
-    model = keep_species(load_model(name, modality=modality, dtype=None), _present(frames))
-    return model.to(usable_device(device))
+    loaded = load_model(name, modality=modality, dtype=None, accept_licence=accept_licence, progress=progress)
+    return keep_species(loaded, _present(frames)).to(usable_device(device))
 
 
 if __name__ == "__main__":

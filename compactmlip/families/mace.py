@@ -140,7 +140,9 @@ class _Reader:
     def architecture(self) -> MACEArchitecture:
         """Shape of the native model; also reads the contractions, whose layout it depends on."""
         layers = [self._layer_shape(t) for t in range(len(self.config.layers))]
-        contraction, self.products = mace_contraction.read(self.state, layers, self.where)
+        contraction, self.products = mace_contraction.read(
+            self.state, layers, self.where, self.config.reduced_couplings
+        )
         return MACEArchitecture.model_validate(
             {
                 "embedding": self.config.layers[0].channels_in[0],

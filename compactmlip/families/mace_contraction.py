@@ -54,19 +54,24 @@ class _Found:
 
 
 def read(
-    state: Mapping[str, Tensor], layers: Sequence[MACELayer], where: str
+    state: Mapping[str, Tensor], layers: Sequence[MACELayer], where: str, reduced: bool | None = None
 ) -> tuple[Parametrisation, list[Weights]]:
     """Weights of all layers by name (:func:`weight_key`), and the basis that they belong to.
 
     Weights of upstream's coupling paths are kept as they are, up to a sign each.  If any belong to another
     basis ("reduced" Clebsch-Gordan tensors), all are converted to the independent products.
+
+    Parameters
+    ----------
+    reduced
+        Whether the basis is said to be a reduced one.  Numbers of weights alone do not always tell: a layer
+        of scalars with two factors has as many in either.
     """
+    reduced = bool(reduced) or not all(_counts_fit(state, t, layer) for t, layer in enumerate(layers))
     found = []
     for t, layer in enumerate(layers):
-        stored = f"{_prefix(t)}.weight" in state
-        found.append(
-            _from_one_tensor(state, t, layer, where) if stored else _from_modules(state, t, layer, where)
-        )
+        one_tensor = f"{_prefix(t)}.weight" in state
+        found.append((_from_one_tensor if one_tensor else _from_modules)(state, t, layer, where, reduced))
     if all(f.paths is not None for weights in found for f in weights.values()):
         return "paths", [{k: f.paths for k, f in w.items() if f.paths is not None} for w in found]
     return "independent", [{key: f.independent for key, f in weights.items()} for weights in found]
@@ -109,7 +114,15 @@ def _parts(layer: MACELayer) -> Iterator[tuple[int, int, int, Products]]:
                 yield k, L, nu, table
 
 
-def _from_modules(state: Mapping[str, Tensor], t: int, layer: MACELayer, where: str) -> dict[str, _Found]:
+def _counts_fit(state: Mapping[str, Tensor], t: int, layer: MACELayer) -> bool:
+    """Whether a layer in cuequivariance's layout has one weight per standard path (others tell the basis)."""
+    flat = state.get(f"{_prefix(t)}.weight")
+    return flat is None or flat.shape[1] == sum(table.mixing.shape[1] for *_, table in _parts(layer))
+
+
+def _from_modules(
+    state: Mapping[str, Tensor], t: int, layer: MACELayer, where: str, reduced: bool
+) -> dict[str, _Found]:
     """Layout of e3nn: one tensor per output and degree."""
     weights = {}
     for k, L, nu, table in _parts(layer):
@@ -118,11 +131,11 @@ def _from_modules(state: Mapping[str, Tensor], t: int, layer: MACELayer, where: 
         weight = state[f"{source}.{name}"]
         coupling = state.get(f"{source}.U_matrix_{nu}")
         if coupling is None:
-            if weight.shape[1] != table.mixing.shape[1]:
+            if reduced or weight.shape[1] != table.mixing.shape[1]:
                 raise CheckpointError(
-                    f"{where}: {source}.{name} has {weight.shape[1]} paths instead of "
-                    f"{table.mixing.shape[1]}, and "
-                    "the file does not hold the coupling tensors that they belong to."
+                    f"{where}: {source}.{name} has {weight.shape[1]} weights of another basis than the "
+                    f"standard one of {table.mixing.shape[1]} paths, and the file does not hold the coupling "
+                    "tensors (U_matrix) that they belong to."
                 )
             weights[weight_key(L, nu)] = _standard(weight, _orders(layer), L, nu)
         else:
@@ -146,14 +159,15 @@ def _found(weight: Tensor, mixing: Tensor, table: Products) -> _Found:
     return _Found(signed, torch.tensor(table.mixing) @ signed)
 
 
-def _from_one_tensor(state: Mapping[str, Tensor], t: int, layer: MACELayer, where: str) -> dict[str, _Found]:
+def _from_one_tensor(
+    state: Mapping[str, Tensor], t: int, layer: MACELayer, where: str, reduced: bool
+) -> dict[str, _Found]:
     """Layout of cuequivariance: all outputs and degrees side by side."""
     flat = state[f"{_prefix(t)}.weight"]
-    parts = list(_parts(layer))
-    if flat.shape[1] != sum(table.mixing.shape[1] for *_, table in parts):
+    if reduced:
         return _from_reduced_tensor(flat, layer, where)
     weights, start = {}, 0
-    for _, L, nu, table in parts:
+    for _, L, nu, table in _parts(layer):
         stop = start + table.mixing.shape[1]
         weights[weight_key(L, nu)] = _standard(flat[:, start:stop], _orders(layer), L, nu)
         start = stop
