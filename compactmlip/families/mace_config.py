@@ -80,8 +80,8 @@ class MACEConfig:
     envelope_on_basis
         False if the cutoff multiplies path weights instead.
     reduced_couplings
-        Whether the contraction's weights belong to cuequivariance's reduced basis of couplings; None if this
-        is not stated.
+        Whether the contraction's weights are said to belong to cuequivariance's reduced basis of couplings,
+        where the file may lack the tensors that tell.
     """
 
     layers: tuple[LayerConfig, ...]
@@ -92,7 +92,7 @@ class MACEConfig:
     transform: str | None
     envelope_on_basis: bool
     contraction_per_species: bool
-    reduced_couplings: bool | None = None
+    reduced_couplings: bool = False
 
 
 def channels(obj: Any, what: str) -> Channels:
@@ -177,7 +177,8 @@ def _read_model(root: InertObject, parts: Mapping[str, InertObject], where: str)
         else _known(_TRANSFORMS, transform.name, "distance transform", where),
         envelope_on_basis=bool(radial.attribute("apply_cutoff", True)),
         contraction_per_species=not parts["products.0"].attribute("use_agnostic_product", False),
-        reduced_couplings=bool(root.attribute("use_reduced_cg", False)),
+        # Modules of e3nn, which state no degree, hold their couplings.
+        reduced_couplings=layers[0].correlation is not None and bool(root.attribute("use_reduced_cg", False)),
     )
 
 
@@ -275,7 +276,7 @@ def from_arguments(arguments: Mapping[str, Any], where: str) -> MACEConfig:
         transform=_known(transform, str(get("distance_transform")), "distance transform", where),
         envelope_on_basis=bool(get("apply_cutoff", True)),
         contraction_per_species=not get("use_agnostic_product", False),
-        reduced_couplings=get("use_reduced_cg"),
+        reduced_couplings=bool(get("use_reduced_cg", False)),
     )
 
 

@@ -7,7 +7,11 @@ buffers, which tell order and sign of the paths; cuequivariance modules hold one
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import torch
@@ -54,7 +58,7 @@ class _Found:
 
 
 def read(
-    state: Mapping[str, Tensor], layers: Sequence[MACELayer], where: str, reduced: bool | None = None
+    state: Mapping[str, Tensor], layers: Sequence[MACELayer], where: str, reduced: bool = False
 ) -> tuple[Parametrisation, list[Weights]]:
     """Weights of all layers by name (:func:`weight_key`), and the basis that they belong to.
 
@@ -67,7 +71,7 @@ def read(
         Whether the basis is said to be a reduced one.  Numbers of weights alone do not always tell: a layer
         of scalars with two factors has as many in either.
     """
-    reduced = bool(reduced) or not all(_counts_fit(state, t, layer) for t, layer in enumerate(layers))
+    reduced = reduced or not all(_counts_fit(state, t, layer) for t, layer in enumerate(layers))
     found = []
     for t, layer in enumerate(layers):
         one_tensor = f"{_prefix(t)}.weight" in state
@@ -178,8 +182,8 @@ def _from_reduced_tensor(flat: Tensor, layer: MACELayer, where: str) -> dict[str
     """The same for reduced coupling tensors, whose basis only cuequivariance knows."""
     try:
         with environment_kept():
+            from mace.tools import cg, cg_cueq_tools
             from mace.tools.cg import O3_e3nn, compute_U_cueq, cue
-            from mace.tools.cg_cueq_tools import symmetric_contraction_proj
     except ImportError as error:
         raise UnsupportedFeatureError(
             f"{where}: the contraction is stored in cuequivariance's reduced basis. Install "
@@ -190,17 +194,33 @@ def _from_reduced_tensor(flat: Tensor, layer: MACELayer, where: str) -> dict[str
     outputs = [l for l, size in enumerate(layer.product) if size]
     names = "+".join(f"1x{l}{'eo'[l % 2]}" for l in outputs)
     irreps = [cue.Irreps(O3_e3nn, text) for text in (inputs, names)]
-    _, projection = symmetric_contraction_proj(*irreps, list(range(1, layer.correlation + 1)))
+    degrees = list(range(1, layer.correlation + 1))
+    with _double_precision(cg, cg_cueq_tools):
+        _, projection = cg_cueq_tools.symmetric_contraction_proj(*irreps, degrees)
     inverse = torch.tensor(np.linalg.pinv(projection))
     spread = torch.einsum("zau,ab->zbu", flat, inverse)
     weights, start = {}, 0
     for _, L, nu, table in _parts(layer):
-        coupling = compute_U_cueq(inputs, f"1x{L}{'eo'[L % 2]}", nu, dtype=torch.float64)[-1]
+        with _double_precision(cg, cg_cueq_tools):
+            coupling = compute_U_cueq(inputs, f"1x{L}{'eo'[L % 2]}", nu, dtype=torch.float64)[-1]
         stop = start + coupling.shape[-1]
         mixing = _mixing(coupling, _orders(layer), L, nu, where)
         weights[weight_key(L, nu)] = _found(spread[:, start:stop], mixing, table)
         start = stop
     return weights
+
+
+@contextmanager
+def _double_precision(cg: Any, tools: Any) -> Iterator[None]:
+    """Meanwhile, these two modules of mace compute couplings in double, not in torch's default precision."""
+    o3, dense = cg.o3, tools.U_matrix_real
+    exact = partial(o3.wigner_3j, dtype=torch.float64)
+    cg.o3 = SimpleNamespace(Irrep=o3.Irrep, Irreps=o3.Irreps, wigner_3j=exact)
+    tools.U_matrix_real = partial(dense, dtype=torch.float64)
+    try:
+        yield
+    finally:
+        cg.o3, tools.U_matrix_real = o3, dense
 
 
 def _phase(l1: int, l2: int, l3: int) -> int:

@@ -65,6 +65,10 @@ class Products:
     path_multisets: tuple[tuple[int, ...], ...]
     mixing: NDArray[np.float64]
 
+    def __deepcopy__(self, memo: object) -> Products:
+        """Tables are shared and never change."""
+        return self
+
 
 def _coupled(orders: Sequence[int], degree: int) -> Iterator[tuple[int, int, CouplingPath]]:
     """Yield (l, parity, path) of all couplings of ``degree`` factors, in the order that upstream uses.
