@@ -1,0 +1,265 @@
+"""Prune a trained two-layer MACE, then retrain it; beside it the same small model from scratch.
+
+Cuts orders (L2 -> L1, L2 -> L0), channels (32 -> 16) and depth (2 -> 1 layers) of a MACE model of
+acetylacetone, and measures errors against DFT on the 300 K and 600 K test sets: as cut, compensated, and
+after training both the compensated model and one with random weights for the same processor time.  Then the
+ranking of channels: random, magnitude, activation, Taylor, and Taylor with compensation, for several
+calibration sets.
+
+The model (mace-torch's) and the BOTNet acetylacetone data set are not part of this repository.
+
+    python benchmarks/mace_pruning.py MODEL DATA --work DIR --part cuts  # --only NAME: run several at once
+    python benchmarks/mace_pruning.py MODEL DATA --work DIR --part ranking
+    python benchmarks/mace_pruning.py MODEL DATA --work DIR --part report --output benchmarks/results/FILE.md
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from ase import Atoms
+from common import header, parser, report, table
+from torch import nn
+
+from compactmlip.compress.compress import compress
+from compactmlip.data.graph import GraphBatch, build_graph
+from compactmlip.data.read import read_labelled
+from compactmlip.families import load_model
+from compactmlip.models import build, cast, model_spec, num_parameters
+from compactmlip.train.dataset import Dataset
+from compactmlip.train.distil import DistilOptions, distil
+from compactmlip.train.metrics import dataset_residuals
+
+CUTS: dict[str, dict[str, Any]] = {
+    "L2 to L1": {"target": "32x0+32x1"},
+    "L2 to L0": {"target": "32x0"},
+    "C32 to C16": {"target": "16x0+16x1+16x2"},
+    "2 to 1 layers": {"target": None, "layers": 1},
+}
+RANKINGS = {
+    "random": ("random", False),
+    "magnitude": ("magnitude", False),
+    "activation": ("activation", False),
+    "Taylor": ("taylor", False),
+    "Taylor + compensation": ("taylor", True),
+}
+CALIBRATION = 100
+"""Calibration frames of the cuts (1,500 atoms), without labels."""
+
+
+class Bench:
+    """Models, data and the folder of partial results."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options, self.work = options, Path(options.work)
+        self.work.mkdir(parents=True, exist_ok=True)
+
+    @cached_property
+    def teacher(self) -> nn.Module:
+        return cast(load_model(self.options.model), torch.float32)
+
+    def frames(self, name: str, every: int = 1) -> list[Atoms]:
+        return read_labelled(Path(self.options.data) / f"{name}.xyz")[::every]
+
+    @cached_property
+    def train(self) -> list[Atoms]:
+        """The frames that the teacher was trained on; the last 50 of the file validate."""
+        return self.frames("train_300K")[:450]
+
+    @cached_property
+    def tests(self) -> dict[str, Dataset]:
+        spec = model_spec(self.teacher)
+        return {
+            name: Dataset.from_frames(self.frames(f"test_MD_{name}"), spec, torch.float32, name)
+            for name in ("300K", "600K")
+        }
+
+    def graphs(self, chosen: Sequence[int]) -> list[GraphBatch]:
+        spec = model_spec(self.teacher)
+        return [build_graph(self.train[k], spec, torch.float32) for k in chosen]
+
+    def errors(self, model: nn.Module) -> dict[str, float]:
+        """RMS errors against DFT: energy of the molecule (meV), force components (meV/A)."""
+        found = {}
+        for name, data in self.tests.items():
+            residuals = dataset_residuals(model, data)
+            atoms = len(self.train[0])
+            found[f"E {name}"] = 1e3 * atoms * float(residuals.energies.square().mean().sqrt())
+            found[f"F {name}"] = 1e3 * float(residuals.forces.double().square().mean().sqrt())
+        return found
+
+    def trained(self, model: nn.Module, name: str, minutes: float, lr: float) -> dict[str, float]:
+        """Errors after training on DFT labels for a time that the processor works on it."""
+        settings = DistilOptions(
+            max_epochs=None,
+            max_minutes=minutes,
+            lr=lr,
+            batch_atoms=75,
+            stress_weight=0.0,
+            energy_weight=self.options.energy_weight,
+            energy_delta=0.001,
+        )
+        valid = self.frames("train_300K")[450:]
+        folder = self.work / "training" / name.replace(" ", "_")
+        folder.mkdir(parents=True, exist_ok=True)
+        clock = time.process_time
+        result = distil(model, self.train, valid, settings, folder, False, clock=clock)
+        return {"epochs": result.history[-1]["epoch"], **self.errors(result.model)}
+
+    def once(self, name: str, run: Callable[[], dict[str, Any]]) -> None:
+        """Run unless the result is there already."""
+        file = self.work / f"{name.replace(' ', '_')}.json"
+        if file.exists():
+            return
+        print(name, file=sys.stderr, flush=True)
+        result = run()
+        file.write_text(json.dumps(result))
+        print(name, result, file=sys.stderr, flush=True)
+
+    def result(self, name: str) -> dict[str, Any]:
+        file = self.work / f"{name.replace(' ', '_')}.json"
+        return dict(json.loads(file.read_text())) if file.exists() else {}
+
+
+def from_random(model: nn.Module, seed: int) -> nn.Module:
+    """The same architecture, factors and energies of atoms, with upstream's random initialisation."""
+    torch.manual_seed(seed)
+    fresh = cast(build(model_spec(model)), torch.float32)
+    state, drawn = model.state_dict(), dict(fresh.named_parameters())
+    fresh.load_state_dict({n: t if n in drawn else state[n] for n, t in fresh.state_dict().items()})
+    return fresh
+
+
+def cuts(bench: Bench) -> None:
+    """Cut, compensate, retrain, and train from scratch."""
+    options = bench.options
+    bench.once(
+        "teacher", lambda: {"parameters": num_parameters(bench.teacher), **bench.errors(bench.teacher)}
+    )
+    order = np.random.default_rng(0).permutation(450)
+    for name, settings in CUTS.items():
+        if options.only and options.only != name:
+            continue
+        graphs = bench.graphs(order[:CALIBRATION])
+        start = time.process_time()
+        made = compress(bench.teacher, graphs, with_compensation=True, **settings)
+        seconds = time.process_time() - start
+        plain = made.sliced
+        if settings.get("layers"):
+            plain = compress(bench.teacher, graphs[:0], **settings).sliced
+        first = {"parameters": num_parameters(made.model), "seconds": seconds}
+        bench.once(f"{name} cut", lambda m=plain, f=first: {**f, **bench.errors(m)})
+        bench.once(f"{name} compensated", lambda m=made.model, f=first: {**f, **bench.errors(m)})
+        for kind, lr in (("retrained", options.lr), ("scratch", options.lr_scratch)):
+            start_model = made.model if kind == "retrained" else from_random(made.model, 0)
+            label = f"{name} {kind}"
+            bench.once(label, lambda m=start_model, n=label, lr=lr: bench.trained(m, n, options.minutes, lr))
+
+
+def ranking(bench: Bench) -> None:
+    """Errors of C32 to C16 for each criterion and calibration set, before and after a short training."""
+    for seed in range(bench.options.seeds):
+        order = np.random.default_rng(100 + seed).permutation(450)
+        graphs = bench.graphs(order[:CALIBRATION])
+        for name, (criterion, refit) in RANKINGS.items():
+            label = f"ranking {name} {seed}"
+            made = None
+            if not bench.result(label):
+                made = compress(
+                    bench.teacher,
+                    graphs,
+                    CUTS["C32 to C16"]["target"],
+                    criterion=criterion,
+                    with_compensation=refit,
+                    seed=seed,
+                ).model
+                model = made
+
+                def run(model: nn.Module = model, label: str = label) -> dict[str, Any]:
+                    before = {f"{k} before": v for k, v in bench.errors(model).items()}
+                    return before | bench.trained(model, label, bench.options.ranking_minutes, 5e-3)
+
+                bench.once(label, run)
+
+
+KEYS = ("E 300K", "F 300K", "E 600K", "F 600K")
+
+
+def write_report(bench: Bench) -> None:
+    """Print both tables."""
+    options = bench.options
+    command = f"python benchmarks/mace_pruning.py MODEL DATA --work DIR --minutes {options.minutes:g}"
+    text = header("Pruning a trained MACE", command)
+    text += (
+        "\nTwo layers, 32x0+32x1+32x2, correlation 3, acetylacetone; RMS errors against DFT: energy of "
+        "the molecule "
+        ""
+        ""
+        ""
+        f"(meV), force components (meV/A), each on 650 frames.  Calibration: {CALIBRATION} frames "
+        "without labels. "
+        f"Training: 450 frames at 300 K, {options.minutes:g} minutes of processor time on one thread; "
+        "peak learning "
+        f"rate {options.lr:g} for retraining, {options.lr_scratch:g} from scratch (the better one of "
+        "0.005 and 0.01 in "
+        "a trial of 1.5 minutes each), everything else the same.\n\n"
+    )
+    teacher = bench.result("teacher")
+    rows: list[list[object]] = [["teacher", teacher["parameters"], "", *[teacher[k] for k in KEYS]]]
+    for name in CUTS:
+        for kind in ("cut", "compensated"):
+            found = bench.result(f"{name} {kind}")
+            if found:
+                rows.append([f"{name}, {kind}", found["parameters"], "", *[found[k] for k in KEYS]])
+        for kind in ("retrained", "scratch"):
+            found = bench.result(f"{name} {kind}")
+            if found:
+                note = f"{int(found['epochs'])} epochs"
+                rows.append([f"{name}, {kind}", "", note, *[found[k] for k in KEYS]])
+    text += table(("model", "parameters", "training", *KEYS), rows)
+    text += (
+        f"\nRanking of channels, C32 to C16: mean and standard deviation over {options.seeds} "
+        "calibration sets (and "
+        f"seeds of the random ranking), before training and after {options.ranking_minutes:g} minutes.\n\n"
+    )
+    ranked: list[list[object]] = []
+    for name in RANKINGS:
+        runs = [r for seed in range(options.seeds) if (r := bench.result(f"ranking {name} {seed}"))]
+        if runs:
+            columns = [f"{k} before" for k in KEYS] + list(KEYS)
+            values = [[r[c] for r in runs] for c in columns]
+            ranked.append([name, *[f"{np.mean(v):.1f} ± {np.std(v):.1f}" for v in values]])
+    text += table(("ranking", *[f"{k} before" for k in KEYS], *KEYS), ranked)
+    report(text, options.output)
+
+
+def main() -> None:
+    options_parser = parser(__doc__)
+    options_parser.add_argument("model")
+    options_parser.add_argument("data", type=Path)
+    options_parser.add_argument("--work", type=Path, required=True, help="folder of partial results")
+    options_parser.add_argument("--part", choices=("cuts", "ranking", "report"), required=True)
+    options_parser.add_argument("--only", help="one of the cuts")
+    options_parser.add_argument("--minutes", type=float, default=20.0)
+    options_parser.add_argument("--ranking-minutes", type=float, default=2.0)
+    options_parser.add_argument("--lr", type=float, default=5e-3, help="of retraining")
+    options_parser.add_argument("--lr-scratch", type=float, default=1e-2)
+    options_parser.add_argument("--energy-weight", type=float, default=1.0)
+    options_parser.add_argument("--seeds", type=int, default=3)
+    options = options_parser.parse_args()
+    torch.set_num_threads(options.threads)
+    bench = Bench(options)
+    {"cuts": cuts, "ranking": ranking, "report": write_report}[options.part](bench)
+
+
+if __name__ == "__main__":
+    main()
