@@ -16,13 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from compactmlip.channels import Channels
-from compactmlip.errors import CheckpointError, InputError, UnsupportedFeatureError, did_you_mean
-from compactmlip.families import inert, mace_contraction
-from compactmlip.families.mace_config import INTERACTIONS, READOUTS, MACEConfig, from_arguments, from_model
+from compactmlip.errors import CheckpointError, InputError, did_you_mean
+from compactmlip.families import inert
+from compactmlip.families.mace_config import MACEConfig, from_arguments, from_model
+from compactmlip.families.mace_shape import linear_names, read_shape, readout_name
 from compactmlip.models import build
 from compactmlip.models.convolution import message_channels, radial_columns
 from compactmlip.models.gate import gate_input_channels
-from compactmlip.models.mace_architecture import MACEArchitecture, MACELayer, MACEReadout, upstream_layer
+from compactmlip.models.mace_architecture import MACEArchitecture, MACELayer, MACEReadout
 from compactmlip.spec import ModelSpec, Provenance
 
 STATE_KEYS = ("state_dict", "model_state_dict", "model")
@@ -89,24 +90,23 @@ def import_model(
     from ase.data import chemical_symbols
 
     index = _choose_head(config.heads, head, where)
-    reader = _Reader(config, {name: t.detach() for name, t in state.items()}, index, where)
     try:
-        architecture = reader.architecture()
+        reader = _Reader(config, {name: t.detach() for name, t in state.items()}, index, where)
         spec = ModelSpec(
             family="mace",
             species=tuple(chemical_symbols[int(z)] for z in state["atomic_numbers"]),
             cutoff=float(state["r_max"]),
             num_message_passing_layers=len(config.layers),
-            architecture=architecture.model_dump(mode="json"),
+            architecture=reader.architecture.model_dump(mode="json"),
             provenance=provenance,
         )
         model = build(spec)
-        native = reader.native_state(architecture, len(spec.species))
+        native = reader.native_state(len(spec.species))
     except KeyError as error:
         raise CheckpointError(f"{where}: the state dict lacks {error}.") from error
-    missing = {name: b.double() for name, b in model.state_dict().items() if name not in native}
+    missing = sorted(model.state_dict().keys() - native.keys())
     if missing:
-        raise CheckpointError(f"{where}: nothing found for {sorted(missing)[:3]}; unknown layout.")
+        raise CheckpointError(f"{where}: nothing found for {', '.join(missing[:3])}; unknown layout.")
     model.load_state_dict(native)
     return model
 
@@ -133,108 +133,11 @@ class _Reader:
         self.config, self.head, self.where = config, head, where
         self.state = {k: v.double() if v.is_floating_point() else v for k, v in state.items()}
         self.native: dict[str, Tensor] = {}
-        self.products: list[dict[str, Tensor]] = []
+        self.architecture, self.products = read_shape(config, self.state, where)
 
-    # Shape
-
-    def architecture(self) -> MACEArchitecture:
-        """Shape of the native model; also reads the contractions, whose layout it depends on."""
-        layers = [self._layer_shape(t) for t in range(len(self.config.layers))]
-        contraction, self.products = mace_contraction.read(
-            self.state, layers, self.where, self.config.reduced_couplings
-        )
-        return MACEArchitecture.model_validate(
-            {
-                "embedding": self.config.layers[0].channels_in[0],
-                "basis": self.config.basis,
-                "num_basis": self._num_basis(),
-                "envelope": {"kind": "polynomial", "p": int(self.state["radial_embedding.cutoff_fn.p"])},
-                "envelope_on_basis": self.config.envelope_on_basis,
-                "transform": self._transform(),
-                "repulsion": self._repulsion(),
-                "lmax_edge": self.config.lmax_edge,
-                "contraction": contraction,
-                "contraction_per_species": self.config.contraction_per_species,
-                "layers": layers,
-            }
-        )
-
-    def _num_basis(self) -> int:
-        name = {"bessel": "bessel_weights", "gaussian": "gaussian_weights", "chebyshev": "n"}[
-            self.config.basis
-        ]
-        return self.state[f"radial_embedding.bessel_fn.{name}"].numel()
-
-    def _transform(self) -> dict[str, Any] | None:
-        kind = self.config.transform
-        if kind is None:
-            return None
-        names = ("q", "p", "a") if kind == "agnesi" else ("alpha",)
-        values = {n: float(self.state[f"radial_embedding.distance_transform.{n}"]) for n in names}
-        return {"kind": kind, **values}
-
-    def _repulsion(self) -> dict[str, Any] | None:
-        if "pair_repulsion_fn.c" not in self.state:
-            return None
-        return {
-            "coefficients": self.state["pair_repulsion_fn.c"].tolist(),
-            "a_exponent": float(self.state["pair_repulsion_fn.a_exp"]),
-            "a_prefactor": float(self.state["pair_repulsion_fn.a_prefactor"]),
-            "p": int(self.state["pair_repulsion_fn.p"]),
-        }
-
-    def _layer_shape(self, t: int) -> MACELayer:
-        layer = self.config.layers[t]
-        kind = INTERACTIONS[layer.interaction]
-        if t == 0 and kind["skip"] != "none" and "Residual" not in layer.interaction:
-            raise UnsupportedFeatureError(f"{self.where}: {layer.interaction} as the first block.")
-        return upstream_layer(
-            layer.channels_in,
-            width=layer.width,
-            out=layer.out,
-            up=layer.up,
-            lmax_edge=self.config.lmax_edge,
-            correlation=mace_contraction.correlation(self.state, t, layer.correlation),
-            radial_hidden=tuple(self._radial_sizes(t)),
-            readout=self._readout_shape(t),
-            **kind,
-        )
-
-    def _radial_sizes(self, t: int) -> list[int]:
-        prefix = f"interactions.{t}.conv_tp_weights"
-        if f"{prefix}.net.0.weight" in self.state:
-            return [self.state[name].shape[0] for name in self._linear_names(prefix)][:-1]
-        count = sum(
-            1 for name in self.state if name.startswith(f"{prefix}.layer") and name.endswith(".weight")
-        )
-        return [self.state[f"{prefix}.layer{k}.weight"].shape[1] for k in range(count - 1)]
-
-    def _linear_names(self, prefix: str) -> list[str]:
-        """Weights of the linear layers of a biased network: every third module of the sequence."""
-        found = [k for k in range(0, 100, 3) if f"{prefix}.net.{k}.weight" in self.state]
-        return [f"{prefix}.net.{k}.weight" for k in found]
-
-    def _readout_name(self, t: int) -> str:
-        """Prefix of the readout of layer ``t``; a single readout belongs to the last layer."""
-        return f"readouts.{0 if self.config.readouts[0] is None and len(self.config.layers) > 1 else t}"
-
-    def _readout_shape(self, t: int) -> MACEReadout | None:
-        name = self.config.readouts[t]
-        if name is None:
-            return None
-        kind = READOUTS[name]
-        if kind == "linear":
-            return MACEReadout(kind="linear")
-        total = self.state[f"{self._readout_name(t)}.linear_1.weight"].numel() // self.config.layers[t].out[0]
-        units = total // len(self.config.heads)
-        return MACEReadout.model_validate(
-            {"kind": kind, "hidden": (units,) * (1 if kind == "nonlinear" else 2)}
-        )
-
-    # Numbers
-
-    def native_state(self, arch: MACEArchitecture, num_species: int) -> dict[str, Tensor]:
+    def native_state(self, num_species: int) -> dict[str, Tensor]:
         """State dict of the native model."""
+        arch = self.architecture
         weight = self.state["node_embedding.linear.weight"]
         self._table("embedding", weight, num_species)
         self._radial(arch, num_species)
@@ -306,7 +209,7 @@ class _Reader:
             self.native[f"{target}.layers.{k}.weight"] = weight
 
     def _normed_network(self, source: str, target: str, layer: MACELayer | None = None) -> None:
-        names = self._linear_names(source)
+        names = linear_names(self.state, source)
         for k, name in enumerate(names):
             number = 3 * k
             weight, bias = self.state[name], self.state[f"{source}.net.{number}.bias"]
@@ -361,7 +264,7 @@ class _Reader:
 
     def _readout(self, shape: MACEReadout, t: int) -> None:
         """One head of a readout; upstream puts the units of all heads side by side."""
-        source, target = self._readout_name(t), f"layers.{t}.readout"
+        source, target = readout_name(self.config, t), f"layers.{t}.readout"
         heads, channels_in = len(self.config.heads), self.config.layers[t].out[0]
         names = {"linear": ("linear",), "nonlinear": ("linear_1", "linear_2")}.get(
             shape.kind, ("linear_1", "linear_mid", "linear_2")
