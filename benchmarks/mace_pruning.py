@@ -19,7 +19,8 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,8 @@ from compactmlip.compress.compress import compress
 from compactmlip.data.graph import GraphBatch, build_graph
 from compactmlip.data.read import read_labelled
 from compactmlip.families import load_model
-from compactmlip.models import build, cast, model_spec, num_parameters
+from compactmlip.models import build, cast, mace_stages, model_spec, num_parameters
+from compactmlip.models.stages import Stage
 from compactmlip.train.dataset import Dataset
 from compactmlip.train.distil import DistilOptions, distil
 from compactmlip.train.metrics import dataset_residuals
@@ -52,6 +54,9 @@ RANKINGS = {
     "Taylor": ("taylor", False),
     "Taylor + compensation": ("taylor", True),
 }
+STAGE_CUTS = ("L2 to L0", "C32 to C16")
+STAGES = ("", "up", "down", "species_map", "contraction", "linear", "readout")
+"""Refits of these stages are left out in turn; the first leaves out none."""
 CALIBRATION = 100
 """Calibration frames of the cuts (1,500 atoms), without labels."""
 
@@ -191,6 +196,29 @@ def ranking(bench: Bench) -> None:
                 bench.once(label, run)
 
 
+def stages(bench: Bench) -> None:
+    """Errors after refits that leave out one kind of stage each."""
+    everything = mace_stages.linear_stages
+    graphs = bench.graphs(np.random.default_rng(0).permutation(450)[:CALIBRATION])
+    for cut in STAGE_CUTS:
+        for left_out in STAGES:
+
+            def some(model: nn.Module, left_out: str = left_out) -> Iterator[Stage[Any]]:
+                for stage in everything(model):
+                    kept = not (left_out and stage.name.endswith(left_out))
+                    yield stage if kept else replace(stage, fits=())
+
+            mace_stages.linear_stages = some  # type: ignore[assignment]
+
+            def run(cut: str = cut) -> dict[str, Any]:
+                made = compress(bench.teacher, graphs, **CUTS[cut])
+                assert made.compensation is not None
+                return {"damping": made.compensation.damping, **bench.errors(made.model)}
+
+            bench.once(f"stages {cut} {left_out}", run)
+    mace_stages.linear_stages = everything
+
+
 KEYS = ("E 300K", "F 300K", "E 600K", "F 600K")
 
 
@@ -239,6 +267,14 @@ def write_report(bench: Bench) -> None:
             values = [[r[c] for r in runs] for c in columns]
             ranked.append([name, *[f"{np.mean(v):.1f} ± {np.std(v):.1f}" for v in values]])
     text += table(("ranking", *[f"{k} before" for k in KEYS], *KEYS), ranked)
+    text += "\nRefits that leave out the stages of one kind, without training.\n\n"
+    kinds: list[list[object]] = []
+    for cut in STAGE_CUTS:
+        for left_out in STAGES:
+            found = bench.result(f"stages {cut} {left_out}")
+            if found:
+                kinds.append([cut, left_out or "none", *[found[k] for k in KEYS]])
+    text += table(("cut", "left out", *KEYS), kinds)
     report(text, options.output)
 
 
@@ -247,7 +283,7 @@ def main() -> None:
     options_parser.add_argument("model")
     options_parser.add_argument("data", type=Path)
     options_parser.add_argument("--work", type=Path, required=True, help="folder of partial results")
-    options_parser.add_argument("--part", choices=("cuts", "ranking", "report"), required=True)
+    options_parser.add_argument("--part", choices=("cuts", "ranking", "stages", "report"), required=True)
     options_parser.add_argument("--only", help="one of the cuts")
     options_parser.add_argument("--minutes", type=float, default=20.0)
     options_parser.add_argument("--ranking-minutes", type=float, default=2.0)
@@ -258,7 +294,7 @@ def main() -> None:
     options = options_parser.parse_args()
     torch.set_num_threads(options.threads)
     bench = Bench(options)
-    {"cuts": cuts, "ranking": ranking, "report": write_report}[options.part](bench)
+    {"cuts": cuts, "ranking": ranking, "stages": stages, "report": write_report}[options.part](bench)
 
 
 if __name__ == "__main__":

@@ -240,6 +240,10 @@ def prune(
     odd_paths: Annotated[
         bool, typer.Option(help="Keep tensor-product paths that break inversion symmetry.")
     ] = False,
+    num_basis: Annotated[int | None, typer.Option(help="Radial functions to have in the end (MACE).")] = None,
+    basis_start: Annotated[
+        str, typer.Option(help="Start of --num-basis: inherited, or random, which has to be trained.")
+    ] = "inherited",
     importance: Annotated[
         str, typer.Option(help="Ranks channels: taylor, taylor-atom, activation, magnitude or random.")
     ] = "taylor",
@@ -251,7 +255,7 @@ def prune(
     seed: int = 0,
     as_json: AsJSON = False,
 ) -> None:
-    """Cut channels and orders, then refit what is left."""
+    """Cut channels, orders and layers, then refit what is left."""
     from compactmlip import checkpoint
     from compactmlip.compress.apply import keep_species
     from compactmlip.compress.compress import compress
@@ -276,11 +280,13 @@ def prune(
     made = compress(
         teacher,
         graphs,
-        to or (None if layers else "64x0+32x1+16x2"),
+        to or (None if layers or num_basis else "64x0+32x1+16x2"),
         layers=layers,
         radial_hidden=radial_hidden,
         readout_hidden=readout_hidden,
         odd_paths=odd_paths,
+        num_basis=num_basis,
+        basis_start=basis_start,  # type: ignore[arg-type]
         criterion=importance,
         with_compensation=compensate,
         groups=groups,

@@ -23,7 +23,7 @@ from torch import nn
 from compactmlip import checkpoint
 from compactmlip.channels import format_channels
 from compactmlip.compress.apply import keep_species
-from compactmlip.compress.compress import compress
+from compactmlip.compress.compress import checked_targets, compress
 from compactmlip.data.graph import build_graph
 from compactmlip.data.label import label, update_with_structures
 from compactmlip.data.read import read_labelled, read_structures, write_labelled
@@ -90,12 +90,14 @@ class Folder:
         state = self / "state.json"
         if state.is_file():
             found = json.loads(state.read_text())
-            if found.get("identity") != self.identity:
+            same = found.get("identity") == self.identity
+            # A run that finished no step, as one with a wrong option, leaves nothing to protect.
+            if not same and found.get("results"):
                 raise InputError(
                     f"{path} holds a run with other options or structures (see {path / 'config.yaml'}); "
                     "give another folder with -o, or delete this one."
                 )
-            self.record = found
+            self.record = found if same else self.record
         text = yaml.safe_dump(resolved, sort_keys=False)
         checkpoint.atomic_write(self / "config.yaml", lambda p: _write_text(p, text))
 
@@ -171,7 +173,7 @@ class _Run:
         self.folder, self.options, self.structures, self.progress = folder, options, structures, progress
 
     def teacher(self) -> dict[str, Any]:
-        """Import the teacher and remove the weights of absent species."""
+        """Import the teacher, remove the weights of absent species, and check the target against it."""
         full = load_model(
             self.options.teacher,
             modality=self.options.modality,
@@ -186,6 +188,14 @@ class _Run:
                 f"to keep ({', '.join(sorted(wanted))})."
             )
         model = keep_species(full, wanted)
+        # A target that cannot be met is refused now, not after sampling and labelling.
+        checked_targets(
+            model_spec(model),
+            self.options.to,
+            radial_hidden=self.options.radial_hidden,
+            readout_hidden=self.options.readout_hidden,
+            odd_paths=self.options.odd_paths,
+        )
         checkpoint.save(model, self.folder / "teacher.safetensors")
         return {"full_parameters": num_parameters(full), "parameters": num_parameters(model)}
 

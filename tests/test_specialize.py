@@ -11,6 +11,7 @@ import ase.io
 import numpy as np
 import pytest
 import torch
+import yaml
 from ase.build import bulk, molecule
 from torch import nn
 
@@ -18,7 +19,7 @@ import compactmlip.specialize as module
 from compactmlip import checkpoint
 from compactmlip.config import resolve
 from compactmlip.deploy.ase import CompactMLIPCalculator
-from compactmlip.errors import InputError, SpeciesError
+from compactmlip.errors import CompactMLIPError, InputError, SpeciesError
 from compactmlip.specialize import SpecializeOptions, specialize
 
 FILES = {
@@ -156,3 +157,41 @@ def test_validation_gets_its_share_of_the_time() -> None:
     assert long.nve_seconds == pytest.approx(2 * short.nve_seconds)
     given = resolve(SpecializeOptions, None, ["validation.nve_seconds=5"])
     assert module._with_budgets(given).validation.nve_seconds == 5
+
+
+WRONG: dict[str, tuple[dict[str, Any], str]] = {
+    "species": ({"species": ("O",)}, "not among the species to keep"),
+    "target of another depth": ({"to": "5x0,5x0,5x0"}, "lists 3 layers"),
+    "target without scalars": ({"to": "5x1"}, "needs scalar channels"),
+    "target that cuts nothing": ({"to": "9x0+9x1+9x2", "odd_paths": True}, "cuts nothing"),
+    "unreadable target": ({"to": "5y0"}, "cannot read channels"),
+    "teacher": ({"teacher": "absent.safetensors"}, "no such file"),
+    "licence": ({"teacher": "mace-omat-0-small"}, "accept"),
+}
+
+
+@pytest.mark.parametrize("mistake", WRONG)
+def test_a_mistake_does_not_claim_the_folder(
+    teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mistake: str
+) -> None:
+    """The corrected command works in the same folder, with no time counted for the mistake."""
+    crystal = [bulk("MgO", "rocksalt", a=4.21, cubic=True)]
+    wrong = _options(teacher).model_copy(update=WRONG[mistake][0])
+    with pytest.raises(CompactMLIPError, match=WRONG[mistake][1]):
+        specialize(crystal, wrong, tmp_path, progress=False)
+    failed = json.loads((tmp_path / "state.json").read_text())
+    assert failed["results"] == {} and not list(tmp_path.glob("*.safetensors"))
+
+    def stop(*args: Any, **options: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "sample", stop)
+        with pytest.raises(KeyboardInterrupt):
+            specialize(crystal, _options(teacher), tmp_path, progress=False)
+        state = json.loads((tmp_path / "state.json").read_text())
+        assert state["identity"] != failed["identity"] and set(state["results"]) == {"teacher"}
+        assert yaml.safe_load((tmp_path / "config.yaml").read_text())["to"] == "5x0+4x1"
+        # From the first result on, the folder belongs to these options.
+        with pytest.raises(InputError, match="other options or structures"):
+            specialize(crystal, _options(teacher, seed=7), tmp_path, progress=False)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from torch import nn
@@ -12,10 +12,13 @@ from compactmlip.compress.apply import prune
 from compactmlip.compress.compensate import Compensation, compensate
 from compactmlip.compress.importance import Scores, importance
 from compactmlip.compress.plan import parse_target, target_sizes, top_channels
-from compactmlip.compress.reshape import cut_layers
+from compactmlip.compress.reshape import check_basis, cut_layers, resize_basis
 from compactmlip.data.graph import GraphBatch
 from compactmlip.errors import InputError
-from compactmlip.models import model_spec, record_step
+from compactmlip.models import channel_graph, model_spec, record_step
+from compactmlip.models.reshape import BasisStart
+from compactmlip.models.targets import Targets
+from compactmlip.spec import ModelSpec
 
 IMPORTANCE_ATOMS = 800
 """Importance is averaged over structures of about this many atoms: more do not change the ranking."""
@@ -54,6 +57,8 @@ def compress(
     radial_hidden: int | None = None,
     readout_hidden: int | None = None,
     odd_paths: bool = False,
+    num_basis: int | None = None,
+    basis_start: BasisStart = "inherited",
     criterion: str = "taylor",
     with_compensation: bool = True,
     groups: Sequence[object] | None = None,
@@ -70,7 +75,7 @@ def compress(
         Calibration structures as graphs of this model.
     target
         Channels per order: ``"64x0+32x1"`` for all layers, or one per layer separated by commas.  None keeps
-        the channels, which makes sense with ``layers`` only.
+        the channels, which makes sense with ``layers`` or ``num_basis`` only.
     layers
         Number of layers to keep; the others are cut first (:func:`compactmlip.compress.reshape.cut_layers`).
     radial_hidden, readout_hidden
@@ -79,6 +84,10 @@ def compress(
         Keep tensor-product paths with odd l1 + l2 + l3.  Models that have them (SevenNet) break inversion
         symmetry; cutting them restores it exactly, and with compensation costs next to no accuracy.
         Families without such paths ignore it.
+    num_basis, basis_start
+        Radial basis functions to have in the end, and how they start
+        (:func:`compactmlip.compress.reshape.resize_basis`); the scores and the errors of the compensation
+        are those before this change.
     criterion
         How channels are ranked, see :func:`compactmlip.compress.importance.importance`.
     with_compensation
@@ -92,36 +101,70 @@ def compress(
         If the target is malformed, larger than the model, or there is no calibration structure, or the
         criterion is unknown.
     """
+    if target is None and layers is None and num_basis is None:
+        raise InputError("nothing to cut: give a target such as 64x0+32x1, or a number of layers.")
+    if num_basis is not None:
+        check_basis(teacher, num_basis, basis_start)
     if layers is not None:
         teacher = cut_layers(teacher, layers, graphs=graphs)
-        if target is None:
-            return Compressed(teacher, None, {})
-    elif target is None:
-        raise InputError("nothing to cut: give a target such as 64x0+32x1, or a number of layers.")
-    spec = model_spec(teacher)
+    result = Compressed(teacher, None, {})
+    if target is not None:
+        targets = checked_targets(
+            model_spec(teacher),
+            target,
+            radial_hidden=radial_hidden,
+            readout_hidden=readout_hidden,
+            odd_paths=odd_paths,
+        )
+        scores = importance(teacher, _some(graphs, seed), criterion, seed=seed, progress=progress)
+        masks = top_channels(model_spec(teacher), targets, scores)
+        result = Compressed(prune(teacher, masks), None, scores)
+        done = {"target": target, "odd_paths": odd_paths, "importance": criterion, "structures": len(graphs)}
+        record_step(result.sliced, "prune", **done, **({"seed": seed} if criterion == "random" else {}))
+        if with_compensation:
+            refit = compensate(
+                result.sliced, teacher, masks, graphs, groups=groups, seed=seed, progress=progress
+            )
+            if refit.damping is not None:
+                how = {"structures": len(graphs), "damping": refit.damping, "seed": seed}
+                record_step(refit.model, "compensate", **how)
+            result = replace(result, compensation=refit)
+    return result if num_basis is None else _resized(result, num_basis, basis_start, seed)
+
+
+def checked_targets(
+    spec: ModelSpec,
+    target: str,
+    *,
+    radial_hidden: int | None = None,
+    readout_hidden: int | None = None,
+    odd_paths: bool = False,
+) -> Targets:
+    """Sizes that a target means for a model, after a check that it can be met and that it cuts something.
+
+    Raises
+    ------
+    InputError
+        If it is malformed, contradicts itself or cuts nothing.
+    """
+    options = {"radial_hidden": radial_hidden, "readout_hidden": readout_hidden}
     wanted = parse_target(target, spec.num_message_passing_layers)
-    targets = target_sizes(
-        spec,
-        wanted,
-        radial_hidden=radial_hidden,
-        readout_hidden=readout_hidden,
-        odd_paths=odd_paths,
-    )
-    scores = importance(teacher, _some(graphs, seed), criterion, seed=seed, progress=progress)
-    masks = top_channels(spec, targets, scores)
+    targets = target_sizes(spec, wanted, **options, odd_paths=odd_paths)
+    groups = channel_graph(spec).groups
+    # How many channels stay does not depend on their scores.
+    masks = top_channels(spec, targets, {name: np.zeros(group.size) for name, group in groups.items()})
     if all(mask.all() for mask in masks.values()):
         raise InputError(f"the target '{target}' cuts nothing from this model; ask for fewer channels.")
-    sliced = prune(teacher, masks)
-    done = {"target": target, "odd_paths": odd_paths, "importance": criterion, "structures": len(graphs)}
-    if criterion == "random":
-        done["seed"] = seed
-    record_step(sliced, "prune", **done)
-    if not with_compensation:
-        return Compressed(sliced, None, scores)
-    refit = compensate(sliced, teacher, masks, graphs, groups=groups, seed=seed, progress=progress)
-    if refit.damping is not None:
-        record_step(refit.model, "compensate", structures=len(graphs), damping=refit.damping, seed=seed)
-    return Compressed(sliced, refit, scores)
+    return targets
+
+
+def _resized(result: Compressed, num_basis: int, start: BasisStart, seed: int) -> Compressed:
+    """The same with another radial basis in the models."""
+    sliced = resize_basis(result.sliced, num_basis, start=start, seed=seed)
+    if result.compensation is None:
+        return replace(result, sliced=sliced)
+    model = resize_basis(result.compensation.model, num_basis, start=start, seed=seed)
+    return replace(result, sliced=sliced, compensation=replace(result.compensation, model=model))
 
 
 def _some(graphs: Sequence[GraphBatch], seed: int) -> list[GraphBatch]:

@@ -20,6 +20,11 @@ MAX_BYTES = 200_000_000
 """Normal equations that need more memory are made for some species and channels at a time."""
 
 
+ROWS_PER_INPUT = 2
+"""Weights of one species are fitted if its atoms give so many equations per unknown; else they stay.  With
+fewer, the fit follows the few atoms at hand and can be worse for others than plain slicing."""
+
+
 @dataclass(frozen=True)
 class StageFit:
     """What the refit of one stage and order did.
@@ -102,6 +107,8 @@ def refit_stage(
             for state, target, current, (batch, fold) in zip(states, targets, currents, data, strict=True)
         ]
         problem = _Problem(fit, samples)
+        if not problem.species:
+            continue
         choice = choose_ridge(problem.chunks(), damping)
         done.append(StageFit(stage.name, fit.order, choice.ridge, choice.before, choice.after))
         if choice.change is not None:
@@ -141,17 +148,29 @@ def _sample(
 class _Problem:
     """One fit as blocks of normal equations: species after species, in each channel after channel.
 
-    Species that no batch has are left out.
+    Species that are rare in the samples are left out: their weights stay.
     """
 
     def __init__(self, fit: Fit[Any], samples: Sequence[_Sample]) -> None:
         self.fit, self.samples = fit, samples
-        self.species = sorted({z for sample in samples for z in sample.nodes})
+        self.species = self._seen_often(samples)
         self.folds = list(dict.fromkeys(sample.fold for sample in samples))
         self.num_inputs = fit.design(samples[0].state).shape[2]
         num_outputs = samples[0].goal.shape[-1]
         self.per_channel = fit.kind == "channel"
         self.width, self.num_outputs = (num_outputs, 1) if self.per_channel else (1, num_outputs)
+
+    def _seen_often(self, samples: Sequence[_Sample]) -> list[int]:
+        """Species with enough samples; all of them count as one where they share their weights."""
+        if self.fit.kind == "shared":
+            return [0]
+        rows: dict[int, int] = {}
+        for sample in samples:
+            for z, nodes in sample.nodes.items():
+                assert nodes is not None
+                rows[z] = rows.get(z, 0) + len(nodes) * sample.goal.shape[1]
+        inputs = self.fit.design(samples[0].state).shape[2]
+        return sorted(z for z, count in rows.items() if count >= ROWS_PER_INPUT * inputs)
 
     def chunks(self) -> list[Chunk]:
         """Chunks that fit in memory; a single one is kept."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -27,13 +27,14 @@ def cut_layers(
     graphs: Sequence[GraphBatch] = (),
     readout: LastReadout = "nonlinear",
     readout_hidden: int = 16,
+    keep_unread: bool = False,
 ) -> nn.Module:
     """Return a model of the first ``num_layers`` layers.
 
-    What the new last layer computes for the layers behind it is cut too.  Each layer less shortens the
-    receptive field by one cutoff; without retraining, expect large errors.  The readout of an inner layer of
-    MACE is linear, which costs accuracy as the last one: by default it is replaced by a nonlinear one that
-    starts as the same function (Structural Pruning, C.1).
+    What the new last layer computes for the layers behind it (orders above 0) is cut too.  Each layer less
+    shortens the receptive field by one cutoff; without retraining, expect large errors.  The readout of an
+    inner layer of MACE is linear, which costs accuracy as the last one: by default it is replaced by a
+    nonlinear one that starts as the same function (Structural Pruning, C.1).
 
     Parameters
     ----------
@@ -43,11 +44,13 @@ def cut_layers(
         measured to be worse, in energies and forces of unseen structures.)
     readout_hidden
         Hidden units of a new nonlinear readout, at least two.
+    keep_unread
+        Keep what nobody reads any more, as Structural Pruning does: it only costs time and memory.
 
     Raises
     ------
     InputError
-        If there is no such layer, or it has no readout.
+        If there is no such layer, it has no readout, or there is no such kind of readout.
     UnsupportedFeatureError
         If the family cannot be made shallower.
     """
@@ -55,9 +58,9 @@ def cut_layers(
     if not 1 <= num_layers < spec.num_message_passing_layers:
         raise InputError(
             f"cannot keep {num_layers} layers of {spec.num_message_passing_layers}; keep at least one "
-            "and cut at "
-            "least one."
+            "and cut at least one."
         )
+    _check_choice("readout of the last layer", readout, get_args(LastReadout))
     if readout_hidden < 2:
         raise InputError("a nonlinear readout needs at least two hidden units.")
     family = _family(spec)
@@ -65,12 +68,13 @@ def cut_layers(
     last = f"layers.{num_layers - 1}.out"
     groups = channel_graph(model_spec(shallow)).groups
     unread = {n: np.zeros(g.size, dtype=bool) for n, g in groups.items() if g.space == last and g.order}
-    result = prune(shallow, unread) if unread else shallow
+    result = prune(shallow, unread) if unread and not keep_unread else shallow
     if readout == "nonlinear" and family.has_linear_readout(result):
         result = _rebuilt(result, *family.nonlinear_readout(result, model, readout_hidden))
     if graphs:
         _fit_shifts(result, model, graphs)
-    record_step(result, "cut layers", layers=num_layers, readout=readout, structures=len(graphs))
+    done = {"layers": num_layers, "readout": readout, "structures": len(graphs)}
+    record_step(result, "cut layers", **done, **({"keep_unread": True} if keep_unread else {}))
     return result
 
 
@@ -101,15 +105,35 @@ def resize_basis(
     Raises
     ------
     InputError
-        If nothing can be inherited.
+        As :func:`check_basis`.
     UnsupportedFeatureError
         If the family's basis cannot be resized.
     """
-    if num_basis < 1:
-        raise InputError("a radial basis needs at least one function.")
+    check_basis(model, num_basis, start)
     result = _rebuilt(model, *_family(model_spec(model)).with_basis(model, num_basis, start, seed))
     record_step(result, "resize basis", num_basis=num_basis, start=start, seed=seed)
     return result
+
+
+def check_basis(model: nn.Module, num_basis: int, start: BasisStart) -> None:
+    """Refuse what :func:`resize_basis` cannot do, before any work is done.
+
+    Raises
+    ------
+    InputError
+        If there is no function, no such start, or nothing can be inherited.
+    UnsupportedFeatureError
+        If the family's basis cannot be resized.
+    """
+    _check_choice("start of a radial basis", start, get_args(BasisStart))
+    if num_basis < 1:
+        raise InputError("a radial basis needs at least one function.")
+    _family(model_spec(model)).check_basis(model, num_basis, start)
+
+
+def _check_choice(what: str, given: str, choices: tuple[str, ...]) -> None:
+    if given not in choices:
+        raise InputError(f"unknown {what} '{given}'; choose {' or '.join(choices)}.")
 
 
 def _family(spec: ModelSpec) -> Any:

@@ -21,8 +21,7 @@ def shallower(model: nn.Module, num_layers: int) -> tuple[ModelSpec, dict[str, T
     if arch.layers[last].readout is None:
         raise InputError(
             f"layer {last} of this model has no readout of its own, so nothing can be read when the "
-            "layers behind "
-            "it go; only models that read every layer can be made shallower."
+            "layers behind it go; only models that read every layer can be made shallower."
         )
     state = {
         name: tensor.detach().clone()
@@ -75,10 +74,8 @@ def nonlinear_readout(
     return ModelSpec.model_validate({**model.spec.model_dump(), "architecture": architecture}), state
 
 
-def with_basis(
-    model: nn.Module, num_basis: int, start: BasisStart, seed: int
-) -> tuple[ModelSpec, dict[str, Tensor]]:
-    """Spec and state dict with another number of radial basis functions (Structural Pruning, D.3)."""
+def check_basis(model: nn.Module, num_basis: int, start: BasisStart) -> None:
+    """Refuse what :func:`with_basis` cannot do."""
     assert isinstance(model, MACE)
     arch = model.arch
     if start == "inherited" and arch.basis == "gaussian":
@@ -89,6 +86,14 @@ def with_basis(
         raise InputError(
             f"the model has {arch.num_basis} radial functions; only a larger number inherits all of them."
         )
+
+
+def with_basis(
+    model: nn.Module, num_basis: int, start: BasisStart, seed: int
+) -> tuple[ModelSpec, dict[str, Tensor]]:
+    """Spec and state dict with another number of radial basis functions (Structural Pruning, D.3)."""
+    assert isinstance(model, MACE)
+    arch = model.arch
     smaller = arch.model_copy(update={"num_basis": num_basis})
     spec = model.spec.model_copy(update={"architecture": smaller.model_dump(mode="json")})
     rng = np.random.default_rng(seed)
