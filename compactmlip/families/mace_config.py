@@ -129,8 +129,7 @@ def from_model(root: InertObject, where: str) -> MACEConfig:
     if root.name not in MODELS:
         raise UnsupportedFeatureError(
             f"{where}: models of class {root.name} are not supported; only {' and '.join(MODELS)} give "
-            "an energy "
-            "from positions and species alone."
+            "an energy from positions and species alone."
         )
     parts = dict(modules(root))
     _refuse_extras(root, parts, where)

@@ -186,9 +186,8 @@ def _from_reduced_tensor(flat: Tensor, layer: MACELayer, where: str) -> dict[str
             from mace.tools.cg import O3_e3nn, compute_U_cueq, cue
     except ImportError as error:
         raise UnsupportedFeatureError(
-            f"{where}: the contraction is stored in cuequivariance's reduced basis. Install "
-            "cuequivariance and "
-            "'compactmlip[mace]' to read it, or convert the model with mace_cueq_to_e3nn first."
+            f"{where}: the contraction is stored in cuequivariance's reduced basis. Install cuequivariance "
+            "and 'compactmlip[mace]' to read it, or convert the model with mace_cueq_to_e3nn first."
         ) from error
     inputs = "+".join(f"1x{l}{'eo'[l % 2]}" for l in _orders(layer))
     outputs = [l for l, size in enumerate(layer.product) if size]
@@ -262,8 +261,7 @@ def _mixing(coupling: Tensor, orders: tuple[int, ...], L: int, nu: int, where: s
     if error > 1e-5:
         raise UnsupportedFeatureError(
             f"{where}: the couplings of order {L} and degree {nu} are not symmetric products of natural "
-            "parity "
-            f"(deviation {float(error):.1e})."
+            f"parity (deviation {float(error):.1e})."
         )
     return solution
 
