@@ -57,7 +57,7 @@ def load_checkpoint(path: Path, provenance: Provenance, head: str | None = None)
     config = content.get("config")
     if state is None or not isinstance(config, Mapping):
         raise CheckpointError(
-            f"{path}: a dictionary without the constructor's arguments; tensors alone do not say how the model "
+            f"{path}: a dictionary without the constructor's arguments: tensors alone do not say how a model "
             'is built. Save {"config": {...}, "state_dict": model.state_dict()}, or give the .model file.'
         )
     return import_model(from_arguments(config, str(path)), state, provenance, head, str(path))
