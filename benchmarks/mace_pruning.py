@@ -228,6 +228,11 @@ def stages(bench: Bench) -> None:
 KEYS = ("E 300K", "F 300K", "E 600K", "F 600K")
 
 
+def shown(errors: dict[str, Any]) -> list[str]:
+    """Errors with three digits and no exponents."""
+    return [f"{errors[k]:,.0f}" if errors[k] >= 100 else f"{errors[k]:.3g}" for k in KEYS]
+
+
 def write_report(bench: Bench) -> None:
     """Print both tables."""
     options = bench.options
@@ -236,23 +241,23 @@ def write_report(bench: Bench) -> None:
     text += (
         "\nTwo layers, 32x0+32x1+32x2, correlation 3, acetylacetone; RMS errors against DFT: energy of the "
         "molecule (meV), force components (meV/A), each on 650 frames.  Calibration: "
-        f"{CALIBRATION} frames without labels.  Training: 450 frames at 300 K, {options.minutes:g} minutes of "
-        f"processor time on one thread; peak learning rate {options.lr:g} for retraining, "
+        f"{CALIBRATION} frames without labels.  Training: 450 frames at 300 K, {options.minutes:g} minutes "
+        f"of processor time on one thread; peak learning rate {options.lr:g} for retraining, "
         f"{options.lr_scratch:g} from scratch (the better one of 0.005 and 0.01 in a trial of 1.5 minutes), "
         "everything else the same.\n\n"
     )
     teacher = bench.result("teacher")
-    rows: list[list[object]] = [["teacher", teacher["parameters"], "", *[teacher[k] for k in KEYS]]]
+    rows: list[list[object]] = [["teacher", teacher["parameters"], "", *shown(teacher)]]
     for name in CUTS:
         for kind in ("cut", "compensated"):
             found = bench.result(f"{name} {kind}")
             if found:
-                rows.append([f"{name}, {kind}", found["parameters"], "", *[found[k] for k in KEYS]])
+                rows.append([f"{name}, {kind}", found["parameters"], "", *shown(found)])
         for kind in ("retrained", "scratch"):
             found = bench.result(f"{name} {kind}")
             if found:
                 note = f"{int(found['epochs'])} epochs"
-                rows.append([f"{name}, {kind}", "", note, *[found[k] for k in KEYS]])
+                rows.append([f"{name}, {kind}", "", note, *shown(found)])
     text += table(("model", "parameters", "training", *KEYS), rows)
     text += (
         f"\nRanking of channels, C32 to C16: mean and standard deviation over {options.seeds} calibration "
@@ -273,7 +278,7 @@ def write_report(bench: Bench) -> None:
         for left_out in STAGES:
             found = bench.result(f"stages {cut} {left_out}")
             if found:
-                kinds.append([cut, left_out or "none", *[found[k] for k in KEYS]])
+                kinds.append([cut, left_out or "none", *shown(found)])
     text += table(("cut", "left out", *KEYS), kinds)
     report(text, options.output)
 
