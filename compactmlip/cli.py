@@ -14,10 +14,18 @@ from compactmlip import __version__
 from compactmlip.cli_types import (
     AcceptLicence,
     AsJSON,
+    Backend,
+    BasisStart,
+    Calibration,
     Config,
     Device,
+    GroupKey,
+    Importance,
+    KeptLayers,
     Keys,
     Modality,
+    NumBasis,
+    OddPaths,
     Output,
     Seed,
     Settings,
@@ -222,35 +230,21 @@ def label(
 @app.command()
 def prune(
     model: Annotated[str, typer.Argument(help="Name or checkpoint of the model to cut.")],
-    calibration: Annotated[
-        list[Path], typer.Option("--calibration", help="Structures; labels are not needed.")
-    ],
+    calibration: Calibration,
     to: To = None,
     output: Output = None,
     species: Species = None,
     modality: Modality = None,
     accept_licence: AcceptLicence = None,
-    layers: Annotated[
-        int | None,
-        typer.Option(help="Message-passing layers to keep (MACE); with --to, channels are cut as well."),
-    ] = None,
+    layers: KeptLayers = None,
     compensate: Annotated[bool, typer.Option(help="Refit linear maps in closed form.")] = True,
     radial_hidden: Annotated[int | None, typer.Option(help="Units to keep in the radial networks.")] = None,
     readout_hidden: Annotated[int | None, typer.Option(help="Units to keep in the readout.")] = None,
-    odd_paths: Annotated[
-        bool, typer.Option(help="Keep tensor-product paths that break inversion symmetry.")
-    ] = False,
-    num_basis: Annotated[int | None, typer.Option(help="Radial functions to have in the end (MACE).")] = None,
-    basis_start: Annotated[
-        str, typer.Option(help="Start of --num-basis: inherited, or random, which has to be trained.")
-    ] = "inherited",
-    importance: Annotated[
-        str, typer.Option(help="Ranks channels: taylor, taylor-atom, activation, magnitude or random.")
-    ] = "taylor",
-    group_key: Annotated[
-        str | None,
-        typer.Option(help="info key naming the material of a frame; validates the refit across materials."),
-    ] = None,
+    odd_paths: OddPaths = False,
+    num_basis: NumBasis = None,
+    basis_start: BasisStart = "inherited",
+    importance: Importance = "taylor",
+    group_key: GroupKey = None,
     device: Device = "cpu",
     seed: int = 0,
     as_json: AsJSON = False,
@@ -350,14 +344,30 @@ def compile_(
     model: Annotated[Path, typer.Argument(help="Checkpoint (*.safetensors).")],
     output: Output = None,
     dtype: Annotated[str, typer.Option(help="float32 or float64.")] = "float32",
+    backend: Backend = "torch",
     as_json: AsJSON = False,
 ) -> None:
     """Write the deployed file that the ASE calculator loads."""
     from compactmlip.deploy.compile import compile_model
 
     path = output or model.with_suffix(".pt")
-    report = compile_model(model, path, dtype=dtype)  # type: ignore[arg-type]
+    report = compile_model(model, path, dtype=dtype, backend=backend)  # type: ignore[arg-type]
     _result(as_json, f"wrote {path} ({dtype}): {report}", output=path)
+
+
+@app.command()
+def build(
+    force: Annotated[bool, typer.Option("--force", help="Build even if there is a library already.")] = False,
+    as_json: AsJSON = False,
+) -> None:
+    """Compile the fast operators for this machine; the first run of a model does so by itself."""
+    from compactmlip.kernels.build import build as run, check
+
+    report = run(force=force)
+    check(report)
+    done = f"built in {report.seconds:.0f} s" if report.built else "already there"
+    text = f"{report.path}: {done}, {report.compiler}, {report.flags}"
+    _result(as_json, text, **vars(report))
 
 
 @app.command()

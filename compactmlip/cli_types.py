@@ -36,3 +36,23 @@ To = Annotated[
     typer.Option("--to", help="Channels per order, for instance 64x0+32x1+16x2; per layer with commas."),
 ]
 Keys = Annotated[str | None, typer.Option(metavar="KEY", help="Label name in the file.")]
+KeptLayers = Annotated[
+    int | None,
+    typer.Option(help="Message-passing layers to keep (MACE); with --to, channels are cut as well."),
+]
+Backend = Annotated[
+    str, typer.Option(help="torch (runs anywhere) or kernels (faster; CPU, needs a C++ compiler).")
+]
+Calibration = Annotated[list[Path], typer.Option("--calibration", help="Structures; labels are not needed.")]
+OddPaths = Annotated[bool, typer.Option(help="Keep tensor-product paths that break inversion symmetry.")]
+Importance = Annotated[
+    str, typer.Option(help="Ranks channels: taylor, taylor-atom, activation, magnitude or random.")
+]
+GroupKey = Annotated[
+    str | None,
+    typer.Option(help="info key naming the material of a frame; validates the refit across materials."),
+]
+NumBasis = Annotated[int | None, typer.Option(help="Radial functions to have in the end (MACE).")]
+BasisStart = Annotated[
+    str, typer.Option(help="Start of --num-basis: inherited, or random, which has to be trained.")
+]

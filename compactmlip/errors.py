@@ -39,6 +39,10 @@ class LicenceError(CompactMLIPError):
     """A model's licence restricts its use and has not been accepted."""
 
 
+class KernelError(CompactMLIPError):
+    """The compiled operators cannot be built or loaded on this machine."""
+
+
 class SelfCheckError(CompactMLIPError):
     """An exported model does not reproduce the model it was made from."""
 

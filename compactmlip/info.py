@@ -27,7 +27,9 @@ def describe(path: str | Path) -> dict[str, Any]:
     if path.suffix == ".pt":
         from compactmlip.deploy.archive import inspect
 
-        kind, spec = "deployed TorchScript file", inspect(path)[0]
+        spec, deployment = inspect(path)
+        needs = ", needs compiled kernels" if deployment.backend == "kernels" else ""
+        kind = f"deployed TorchScript file{needs}"
     else:
         kind, spec = "checkpoint", checkpoint.read_spec(path)
     blocks = parameters_by_block(spec)

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "compactmlip"
 
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("errors", "spec", "channels", "progress", "config"),
+    ("errors", "spec", "channels", "progress", "config", "cache"),
     ("models", "kernels"),
     ("checkpoint",),
     ("families", "compress", "data", "deploy"),
@@ -36,6 +36,7 @@ DEPLOYED = ("compactmlip.deploy.ase", "compactmlip.deploy.archive")
 DEPLOYED_NEEDS = (
     "compactmlip.errors",
     "compactmlip.spec",
+    "compactmlip.cache",
     "compactmlip.data.graph",
     "compactmlip.data.neighbors",
     "compactmlip.kernels",

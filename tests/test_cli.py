@@ -18,6 +18,7 @@ from torch import nn
 
 from compactmlip import cli
 from compactmlip.checkpoint import read_spec, save
+from compactmlip.errors import CompactMLIPError
 
 
 @pytest.fixture
@@ -166,3 +167,25 @@ def test_threads_do_not_spin_for_long(given: dict[str, str], expected: str) -> N
         [sys.executable, "-c", code], capture_output=True, text=True, env=environment | given, check=True
     )
     assert done.stdout.split()[-2:] == [expected, "False"]
+
+
+def test_build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    from compactmlip.kernels import build as building
+
+    source = tmp_path / "tiny.cpp"
+    source.write_text('extern "C" int compactmlip_cli_test() { return 1; }\n')
+    monkeypatch.setattr(building, "sources", lambda: [source])
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    code, _, err = _run(monkeypatch, capsys, "build")
+    assert code == 1 and err.startswith("error: ") and "no-such-compiler" in err
+    monkeypatch.delenv("CXX")
+    try:
+        building.find_compiler()
+    except CompactMLIPError as error:
+        pytest.skip(str(error))
+    code, out, _ = _run(monkeypatch, capsys, "build --json")
+    report = json.loads(out)
+    assert code == 0 and report["built"] and Path(report["path"]).is_file()
+    code, out, _ = _run(monkeypatch, capsys, "build")
+    assert code == 0 and "already there" in out and report["path"] in out

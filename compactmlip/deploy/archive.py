@@ -15,19 +15,26 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
-from compactmlip.errors import CheckpointError, InputError
+from compactmlip.errors import CheckpointError, InputError, KernelError
 from compactmlip.spec import ModelSpec
 
 ENTRY = "compactmlip.json"
 """Name of the JSON text inside the archive."""
 
-DEPLOYED_VERSION = 1
-"""Version of the layout written by this release."""
+VERSIONS = {"torch": 1, "kernels": 2}
+"""Version of the layout by what the file needs: older releases read files that need torch only."""
+
+DEPLOYED_VERSION = max(VERSIONS.values())
+"""Newest version that this release reads."""
+
+Backend = Literal["torch", "kernels"]
+"""What a file needs to run: torch, or torch and the operators of :mod:`compactmlip.kernels`."""
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
@@ -57,16 +64,19 @@ class SelfCheck(_Frozen):
 class Deployment(_Frozen):
     """What is known about a deployed file beyond the spec of its model."""
 
-    format_version: int = DEPLOYED_VERSION
+    format_version: int = VERSIONS["torch"]
     compactmlip_version: str
     torch_version: str
+    backend: Backend = "torch"
     source_sha256: str | None = None
     self_check: SelfCheck
 
 
 def to_json(spec: ModelSpec, deployment: Deployment) -> str:
     """Return the text of the entry that a deployed file carries."""
-    return json.dumps({**spec.model_dump(mode="json"), "deployed": deployment.model_dump(mode="json")})
+    left_out = {"backend"} if deployment.format_version == VERSIONS["torch"] else None
+    described = deployment.model_dump(mode="json", exclude=left_out)
+    return json.dumps({**spec.model_dump(mode="json"), "deployed": described})
 
 
 def inspect(path: str | Path) -> tuple[ModelSpec, Deployment]:
@@ -112,12 +122,16 @@ def load_deployed(
     ------
     CheckpointError
         As :func:`inspect`, and if this torch cannot read the module.
+    KernelError
+        If the file needs compiled operators and they cannot be built here.
     InputError
-        If the device does not exist.
+        If the device does not exist, or the file cannot run on it.
     """
     path = Path(path)
     spec, deployment = inspect(path)
     _check_content(path)
+    if deployment.backend == "kernels":
+        _load_kernels(path, usable_device(device))
     return load_module(path, device, f"written with torch {deployment.torch_version}"), spec
 
 
@@ -185,6 +199,23 @@ def quiet_torchscript() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", r"`torch\.jit\.\w+` is deprecated", DeprecationWarning)
         yield
+
+
+def _load_kernels(path: Path, device: torch.device) -> None:
+    from compactmlip.kernels.build import require
+
+    if device.type != "cpu":
+        raise InputError(
+            f"{path}: compiled with --backend kernels, which run on the CPU only, not on '{device}'. "
+            "Compile the model again with --backend torch."
+        )
+    try:
+        require()
+    except KernelError as error:
+        raise KernelError(
+            f"{path}: compiled with --backend kernels, which cannot be used here: {error}. "
+            "Install a C++ compiler, or compile the model again with --backend torch."
+        ) from error
 
 
 def _check_type(path: Path) -> None:

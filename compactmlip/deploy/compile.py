@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +19,8 @@ from compactmlip.data.graph import GraphBatch
 from compactmlip.deploy.archive import (
     DTYPES,
     ENTRY,
+    VERSIONS,
+    Backend,
     Deployment,
     SelfCheck,
     inspect,
@@ -27,7 +30,8 @@ from compactmlip.deploy.archive import (
     without_profiling,
 )
 from compactmlip.deploy.selfcheck import TOLERANCES, SelfChecker
-from compactmlip.errors import CheckpointError, InputError, did_you_mean
+from compactmlip.errors import CheckpointError, InputError, KernelError, did_you_mean
+from compactmlip.kernels.build import VARIABLE, load as load_kernels, mode, without_kernels
 from compactmlip.models import cast, model_spec
 from compactmlip.models.linear import ScaledWeight
 from compactmlip.spec import DTypeName, ModelSpec
@@ -61,6 +65,7 @@ def compile_model(
     output: str | Path,
     *,
     dtype: DTypeName = "float32",
+    backend: Backend = "torch",
     check_structures: Sequence[Atoms] | None = None,
 ) -> CompileReport:
     """Compile a model to TorchScript and check the file against the model.
@@ -76,6 +81,9 @@ def compile_model(
         File to write, ``*.pt``; an existing file is replaced.
     dtype
         Precision of the file.  Energies are summed in float64 in any case.
+    backend
+        "torch" for a file that needs torch only; "kernels" for one that calls the compiled operators,
+        which is several times faster and runs on the CPU, where there is a C++ compiler.
     check_structures
         Structures to check on; made from the model's species if None.
 
@@ -83,6 +91,8 @@ def compile_model(
     ------
     SelfCheckError
         If the compiled model does not reproduce the model.  Nothing is written.
+    KernelError
+        If the compiled operators are wanted and cannot be used here.
     CheckpointError
         If the checkpoint cannot be read or the output cannot be written.
     InputError, SpeciesError
@@ -93,13 +103,18 @@ def compile_model(
         raise CheckpointError(f"{output}: a compiled model is saved as *.pt; choose such a name.")
     if dtype not in DTYPES:
         raise InputError(f"unknown dtype '{dtype}'; known: {', '.join(DTYPES)}.{did_you_mean(dtype, DTYPES)}")
+    if backend not in VERSIONS:
+        hint = did_you_mean(backend, VERSIONS)
+        raise InputError(f"unknown backend '{backend}'; known: {', '.join(VERSIONS)}.{hint}")
     source = None
     if not isinstance(model, nn.Module):
         source, model = Path(model), load(model)
     original = cast(copy.deepcopy(model).cpu().eval().requires_grad_(False), torch.float64)
     spec = _deployed_spec(original, dtype)
     checker = SelfChecker(original, spec, check_structures)
-    traced = trace(with_constants(original, DTYPES[dtype]), checker.largest_graph().to(dtype=DTYPES[dtype]))
+    with _operators(backend):
+        example = checker.largest_graph().to(dtype=DTYPES[dtype])
+        traced = trace(with_constants(original, DTYPES[dtype]), example)
 
     def check(path: Path) -> SelfCheck:
         compiled = without_profiling(load_module(path))
@@ -108,6 +123,8 @@ def compile_model(
     def write(path: Path) -> None:
         _save(traced, path)
         deployment = Deployment(
+            format_version=VERSIONS[backend],
+            backend=backend,
             compactmlip_version=__version__,
             torch_version=str(torch.__version__),
             source_sha256=sha256(source) if source else None,
@@ -173,6 +190,18 @@ def trace(model: nn.Module, example: GraphBatch) -> torch.jit.ScriptModule:
         traced = torch.jit.trace(_NodeEnergy(model).eval(), inputs, check_trace=False)
     assert isinstance(traced, torch.jit.ScriptModule)
     return traced
+
+
+def _operators(backend: Backend) -> AbstractContextManager[None]:
+    """Where a model's operations are those of the backend."""
+    if backend == "torch":
+        return without_kernels()
+    if not load_kernels():
+        raise KernelError(
+            f"--backend kernels needs the compiled operators; {VARIABLE} is '{mode()}', and "
+            "'compactmlip build' says whether they can be built. Or choose --backend torch."
+        )
+    return nullcontext()
 
 
 def _save(traced: torch.jit.ScriptModule, path: Path, entries: dict[str, str] | None = None) -> None:

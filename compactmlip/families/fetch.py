@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 import sys
@@ -10,6 +9,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
+from compactmlip.cache import cache_root
 from compactmlip.checkpoint import atomic_write, sha256
 from compactmlip.errors import DownloadError
 from compactmlip.families.download import download
@@ -27,7 +27,7 @@ DOWNLOAD_TIMEOUT = 1800
 
 def cache_directory() -> Path:
     """``$XDG_CACHE_HOME/compactmlip``, by default ``~/.cache/compactmlip``; created if missing."""
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "compactmlip"
+    root = cache_root()
     try:
         root.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from compactmlip.kernels.ops import convolve
 from compactmlip.models.angular import wigner_3j
 from compactmlip.models.linear import NormedMLP, RadialMLP, Tap
 
@@ -113,10 +114,12 @@ class Convolution(nn.Module):
         num_weights = sum(self.channels[p[0]] for p in paths)
         self.radial = radial_network([*radial_sizes, num_weights])
         self.register_buffer("normalisation", torch.ones((), dtype=torch.float64))
+        self.path_of_row: dict[int, tuple[int, ...]] = {}
         for l1, group in self.grouped.items():
             self.register_buffer(f"coupling_{l1}", _coupling(group, lmax_edge), persistent=False)
-            which = [k for k, p in enumerate(group) for _ in range(2 * p[2] + 1)]
-            self.register_buffer(f"path_of_{l1}", torch.tensor(which), persistent=False)
+            rows = tuple(k for k, p in enumerate(group) for _ in range(2 * p[2] + 1))
+            self.path_of_row[l1] = rows
+            self.register_buffer(f"path_of_{l1}", torch.tensor(rows), persistent=False)
 
     def forward(
         self, x: Sequence[Tensor | None], edges: Edges, tap: Tap | None = None, space: str = ""
@@ -125,31 +128,34 @@ class Convolution(nn.Module):
 
         Rows are ordered as :func:`message_rows` says.
         """
-        weights = self.radial(edges.basis, tap, space)
-        if edges.envelope is not None:
-            weights = weights * edges.envelope
+        sizes = [len(group) * self.channels[l1] for l1, group in self.grouped.items()]
         pieces: list[list[Tensor]] = [[] for _ in range(self.lmax_out + 1)]
-        start = 0
-        for l1, group in self.grouped.items():
-            features, channels = x[l1], self.channels[l1]
+        weights = self.radial.pieces(edges.basis, sizes, tap, space)
+        for (l1, group), weight in zip(self.grouped.items(), weights, strict=True):
+            features = x[l1]
             assert features is not None
-            stop = start + len(group) * channels
-            summed = self._sum_neighbors(l1, features, edges, weights[:, start:stop])
-            start, row = stop, 0
-            for path in group:
-                pieces[path[2]].append(summed[:, row : row + 2 * path[2] + 1])
-                row += 2 * path[2] + 1
+            if edges.envelope is not None:
+                weight = weight * edges.envelope
+            summed = self._sum_neighbors(l1, features, edges, weight)
+            # Split, not sliced: the gradient of a split is one concatenation.
+            messages = summed.split([2 * path[2] + 1 for path in group], dim=1)
+            for path, message in zip(group, messages, strict=True):
+                pieces[path[2]].append(message)
         return [torch.cat(parts, dim=-1) * self.normalisation if parts else None for parts in pieces]
 
     def _sum_neighbors(self, l1: int, features: Tensor, edges: Edges, weights: Tensor) -> Tensor:
         """Messages of all paths that start from order l1, components of all paths side by side."""
-        which, channels = getattr(self, f"path_of_{l1}"), self.channels[l1]
+        rows = self.path_of_row[l1]
         coupling = edges.harmonics @ getattr(self, f"coupling_{l1}")
-        coupling = coupling.unflatten(1, (which.shape[0], 2 * l1 + 1))
-        message = torch.bmm(coupling, features.index_select(0, edges.neighbors))
-        radial = weights.unflatten(1, (-1, channels)).index_select(1, which)
-        total = features.new_zeros((features.shape[0], which.shape[0], channels))
-        return total.index_add(0, edges.centers, message * radial)
+        return convolve(
+            coupling.unflatten(1, (len(rows), 2 * l1 + 1)),
+            features,
+            weights.unflatten(1, (-1, self.channels[l1])),
+            edges.centers,
+            edges.neighbors,
+            rows,
+            getattr(self, f"path_of_{l1}"),
+        )
 
 
 def _coupling(group: Sequence[Path], lmax_edge: int) -> Tensor:

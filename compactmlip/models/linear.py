@@ -120,12 +120,24 @@ class RadialMLP(nn.Module):
 
     def forward(self, basis: Tensor, tap: Tap | None = None, space: str = "") -> Tensor:
         """Return (E, sizes[-1]); ``tap`` may watch or change the hidden units."""
+        out: Tensor = self._hidden(basis, tap, space) @ self.layers[-1]()
+        return out
+
+    def pieces(
+        self, basis: Tensor, sizes: Sequence[int], tap: Tap | None = None, space: str = ""
+    ) -> list[Tensor]:
+        """Output in groups of columns, each a tensor of its own.
+
+        The weights are split, not the output: the gradient of that is small, with no size of the edges.
+        """
+        hidden = self._hidden(basis, tap, space)
+        return [hidden @ weight for weight in self.layers[-1]().split(list(sizes), dim=1)]
+
+    def _hidden(self, basis: Tensor, tap: Tap | None, space: str) -> Tensor:
         x = basis
-        last = len(self.layers) - 1
         for k, layer in enumerate(self.layers):
-            x = x @ layer()
-            if k < last:
-                x = apply_tap(tap, f"{space}.{k}", 0, normalised_silu(x))
+            if k < len(self.layers) - 1:
+                x = apply_tap(tap, f"{space}.{k}", 0, normalised_silu(x @ layer()))
         return x
 
 
@@ -145,3 +157,9 @@ class NormedMLP(nn.Module):
             x = functional.silu(norm(layer(x)))
         result: Tensor = self.layers[-1](x)
         return result
+
+    def pieces(
+        self, x: Tensor, sizes: Sequence[int], tap: Tap | None = None, space: str = ""
+    ) -> list[Tensor]:
+        """Output in groups of columns."""
+        return list(self(x, tap, space).split(list(sizes), dim=1))

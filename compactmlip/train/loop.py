@@ -161,7 +161,8 @@ class _Run:
         state = self.state
         terms = loss_terms(residuals(state.model, batch, create_graph=True), self.options)
         state.optimizer.zero_grad(set_to_none=True)
-        terms.total.backward()
+        # Not towards the edge vectors, which the forces were derivatives of.
+        terms.total.backward(inputs=[p for p in state.model.parameters() if p.requires_grad])
         norm = clip_grad_norm_(state.model.parameters(), self.options.clip, foreach=True)
         for group in state.optimizer.param_groups:
             group["lr"] = lr

@@ -288,7 +288,7 @@ def test_rewritten_copy_loads(deployed: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda d: d["deployed"].update(format_version=2), "Upgrade"),
+        (lambda d: d["deployed"].update(format_version=3), "Upgrade"),
         (lambda d: d.update(format_version=99), "Upgrade"),
         (lambda d: d.pop("deployed"), "description is damaged"),
         (lambda d: d["deployed"].pop("self_check"), "self_check"),
