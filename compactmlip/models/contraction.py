@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from compactmlip.kernels.build import usable
+from compactmlip.kernels.contraction import contraction_plan
 from compactmlip.models.products import Monomial, Products, products
 
 Parametrisation = Literal["paths", "independent"]
@@ -49,6 +51,9 @@ class SymmetricContraction(nn.Module):
         Species, or None when all share their weights.
     """
 
+    plan: Tensor
+    terms: Tensor
+
     def __init__(
         self,
         width: int,
@@ -85,9 +90,15 @@ class SymmetricContraction(nn.Module):
                 index = None if positions is None else torch.tensor(positions, dtype=torch.long)
                 self.register_buffer(f"{kind}_{l}", index, persistent=False)
         self._build_plan()
+        plan = contraction_plan(self.orders, self.outputs, degree)
+        self.register_buffer("plan", torch.tensor(plan.table), persistent=False)
+        self.register_buffer("terms", torch.tensor(plan.terms), persistent=False)
 
     def _build_plan(self) -> None:
-        """Order the monomials by degree and parity; a longer one is built from its first factors."""
+        """Order the monomials by degree and parity; a longer one is built from its first factors.
+
+        This is the plan of the operations in plain PyTorch; compiled kernels have their own.
+        """
         needed: list[set[Monomial]] = [set() for _ in range(self.degree + 1)]
         for (_, nu), table in self.tables.items():
             needed[nu] |= set(table.monomials)
@@ -191,12 +202,37 @@ class SymmetricContraction(nn.Module):
 
     def forward(self, x: Sequence[Tensor | None], species: Tensor) -> list[Tensor | None]:
         """Contract features per order (n_nodes, 2l+1, channels) to outputs (n_nodes, 2L+1, channels)."""
-        features = self.product_features(x)
         result: list[Tensor | None] = [None] * (max(self.outputs) + 1)
-        for (L, nu), values in features.items():
+        first = x[self.orders[0]]
+        assert first is not None
+        if self.tables and usable(first, self.terms):
+            values = self._contracted(x, species).split([2 * L + 1 for L in self.outputs], dim=1)
+            for L, value in zip(self.outputs, values, strict=True):
+                index = getattr(self, f"output_{L}")
+                result[L] = value if index is None else value.index_select(2, index)
+            return result
+        for (L, nu), features in self.product_features(x).items():
             weight = self.combined_weights(L, nu)
             weight = weight.index_select(0, species) if self.per_species else weight
-            term = (values * weight.unsqueeze(1)).sum(dim=2)
+            term = (features * weight.unsqueeze(1)).sum(dim=2)
             total = result[L]
             result[L] = term if total is None else total + term
         return result
+
+    def _contracted(self, x: Sequence[Tensor | None], species: Tensor) -> Tensor:
+        """All outputs side by side in all channels, (n_nodes, rows, width), by the compiled kernel."""
+        components = torch.cat([self._widened(x, l) for l in self.orders], dim=1)
+        weights = [self._in_all_channels(self.combined_weights(L, nu), L) for L, nu in self.tables]
+        rows = sum(2 * L + 1 for L in self.outputs)
+        total: Tensor = torch.ops.compactmlip.contract(
+            components, torch.cat(weights, dim=1), species, self.plan, self.terms, rows
+        )
+        return total
+
+    def _in_all_channels(self, weights: Tensor, output: int) -> Tensor:
+        """Weights of one output order with zeros in the channels that it does not have."""
+        index = getattr(self, f"output_{output}")
+        if index is None:
+            return weights
+        shape = (*weights.shape[:2], self.width)
+        return weights.new_zeros(shape).index_copy(2, index, weights)
