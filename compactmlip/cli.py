@@ -108,18 +108,9 @@ def info(file: Path, as_json: AsJSON = False) -> None:
 @app.command()
 def models(as_json: AsJSON = False) -> None:
     """List the foundation models that are known by name, with licence and source."""
-    from compactmlip.families.names import FAMILIES, LICENCES, NAMED_CHECKPOINTS
+    from compactmlip.families.names import listing, rows
 
-    if as_json:
-        keys = ("name", "aliases", "family", "licence", "source", "citation")
-        print(json.dumps([{key: getattr(entry, key) for key in keys} for entry in NAMED_CHECKPOINTS]))
-        return
-    width = max(len(entry.name) for entry in NAMED_CHECKPOINTS)
-    for entry in NAMED_CHECKPOINTS:
-        print(f"{entry.name:{width}}  {FAMILIES[entry.family]:8}  {entry.licence}  {entry.source}")
-    for name, licence in LICENCES.items():
-        how = f"; {licence.restriction}; accept with --accept-licence {name}" if licence.restriction else ""
-        print(f"{name}: {licence.title}, {licence.url}{how}")
+    print(json.dumps(rows()) if as_json else "\n".join(listing()))
 
 
 @app.command()

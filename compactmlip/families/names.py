@@ -311,3 +311,22 @@ def _short_list(family: Family) -> list[str]:
             else:
                 series[entry.name] = []
     return [stem + (f"{{{','.join(s)}}}" if len(s) > 1 else "".join(s)) for stem, s in series.items()]
+
+
+def rows() -> list[dict[str, object]]:
+    """Every known model as plain values, for scripts."""
+    keys = ("name", "aliases", "family", "licence", "source", "citation")
+    return [{key: getattr(entry, key) for key in keys} for entry in NAMED_CHECKPOINTS]
+
+
+def listing() -> list[str]:
+    """Lines for people: every known model with family, licence and source, then the licences."""
+    width = max(len(entry.name) for entry in NAMED_CHECKPOINTS)
+    lines = [
+        f"{entry.name:{width}}  {FAMILIES[entry.family]:8}  {entry.licence}  {entry.source}"
+        for entry in NAMED_CHECKPOINTS
+    ]
+    for name, licence in LICENCES.items():
+        how = f"; {licence.restriction}; accept with --accept-licence {name}" if licence.restriction else ""
+        lines.append(f"{name}: {licence.title}, {licence.url}{how}")
+    return lines
