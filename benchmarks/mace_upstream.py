@@ -1,4 +1,4 @@
-"""Native MACE beside mace-torch: loading, energies and forces, training steps.
+"""Native MACE, with compiled kernels, beside mace-torch: loading, energies and forces, training steps.
 
 Models of released sizes (89 elements) with random weights, made and saved by mace-torch, in float32.  Times
 of both are taken alternately in this one process; medians.  Needs mace-torch (`pip install '.[mace]'`).
@@ -161,7 +161,7 @@ def main() -> None:
                 ]
                 speeds.append(row)
                 print(row, flush=True)
-    text = header("Native MACE beside mace-torch, float32", "python benchmarks/mace_upstream.py")
+    text = header("Native MACE with kernels beside mace-torch, float32", "python benchmarks/mace_upstream.py")
     text += "\nSeconds to build a model and to load it from a file.\n\n"
     columns = ("model", "parameters", "build, upstream", "build, ours", "load, upstream", "load, ours")
     text += table(columns, loading)
