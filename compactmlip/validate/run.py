@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -109,7 +110,8 @@ def validate(
         calculators["model"], heldout, progress=progress, description="Model on held-out"
     )
     start = usable[0] if origin.origin == "sampled" else calmest(heldout, reference)
-    speed = _speed(calculators, start, options, progress)
+    with _same_engine(paths["model"]):
+        speed = _speed(calculators, start, options, progress)
     run, teacher_run = _dynamics(calculators, start, speed, options, progress)
     data = ValidationData(
         tuple(heldout), reference, predicted, run.trace, teacher_run.trace if teacher_run else None
@@ -184,6 +186,18 @@ def _calculator(path: Path, device: str) -> Any:
     from compactmlip.deploy.ase import CompactMLIPCalculator
 
     return CompactMLIPCalculator(path, device=device)
+
+
+def _same_engine(model: Path) -> AbstractContextManager[None]:
+    """Where a teacher from a checkpoint computes as the model does: in plain PyTorch, or with kernels.
+
+    A ratio of speeds would otherwise tell the engines apart, not the models.
+    """
+    from compactmlip.deploy.archive import inspect
+    from compactmlip.kernels.build import without_kernels
+
+    plain = model.suffix == ".pt" and inspect(model)[1].backend == "torch"
+    return without_kernels() if plain else nullcontext()
 
 
 def _speed(
