@@ -360,6 +360,8 @@ def _pruned_layer(
                 f"pruning would leave nothing of the readout of {prefix}; keep at least one unit."
             )
         update["readout"] = MACEReadout(kind=layer.readout.kind, hidden=units)
+    if layer.interaction == "nonlinear" and not (up and up[0]) and not any(p[2] == 0 for p in paths):
+        raise InputError(f"pruning would leave the gates of {prefix} without scalars to be made from.")
     embedded = update.get("pair_embedding") or (1, 1)
     if not (out and out[0]) or not paths or not all(hidden) or not all(embedded):  # type: ignore[arg-type]
         raise InputError(f"pruning would leave {prefix} without scalars, paths, embeddings or radial units.")

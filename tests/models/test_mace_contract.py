@@ -141,6 +141,18 @@ def test_nothing_left_is_refused(name: str) -> None:
         prune(model, {n: np.zeros(groups[n].size, dtype=bool) for n in chosen})
 
 
+def test_gates_without_scalars_are_refused() -> None:
+    """In a nonlinear layer the gates are made from scalars: of paths, or of the neighbours' residual."""
+    model = _made("nonlinear")
+    groups = channel_graph(model.spec).groups
+    chosen = [
+        n for n in groups if n == "layers.1.up/0" or (n.startswith("layers.1.path/") and n.endswith("-0"))
+    ]
+    assert len(chosen) > 1
+    with pytest.raises(InputError, match="the gates of layers.1 without scalars"):
+        prune(model, {n: np.zeros(groups[n].size, dtype=bool) for n in chosen})
+
+
 def test_species_removal_is_exact(model: nn.Module, structures: dict[str, Atoms]) -> None:
     for atoms in structures.values():
         contract.check_species_removal(model, atoms)
