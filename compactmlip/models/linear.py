@@ -26,6 +26,22 @@ def apply_tap(tap: Tap | None, space: str, order: int, x: Tensor) -> Tensor:
     return x if tap is None else tap(space, order, x)
 
 
+def tap_all(tap: Tap | None, space: str, x: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Hand the features of every order to the tap."""
+    return [None if f is None else apply_tap(tap, space, l, f) for l, f in enumerate(x)]
+
+
+def add_features(
+    a: Sequence[Tensor | None], b: Sequence[Tensor | None], num_orders: int
+) -> list[Tensor | None]:
+    """Sum per order 0 ... num_orders - 1; what one of them lacks comes from the other."""
+    total: list[Tensor | None] = []
+    for l in range(num_orders):
+        x, y = (f[l] if l < len(f) else None for f in (a, b))
+        total.append(x if y is None else y if x is None else x + y)
+    return total
+
+
 def normalised_silu(x: Tensor) -> Tensor:
     """SiLU with unit second moment under a standard normal input."""
     return functional.silu(x) * SILU_GAIN

@@ -25,8 +25,10 @@ from compactmlip.models.linear import (
     RadialMLP,
     ScaledWeight,
     Tap,
+    add_features,
     apply_tap,
     normalised_silu,
+    tap_all,
 )
 from compactmlip.models.mace_architecture import MACEArchitecture, MACELayer, MACEReadout, Positions
 from compactmlip.models.radial import RadialEmbedding
@@ -34,11 +36,6 @@ from compactmlip.models.repulsion import ZBLRepulsion
 from compactmlip.spec import ModelSpec
 
 Features = list[Tensor | None]
-
-
-def tap_all(tap: Tap | None, space: str, x: Features) -> Features:
-    """Hand the features of every order to the tap."""
-    return [None if f is None else apply_tap(tap, space, l, f) for l, f in enumerate(x)]
 
 
 class Interaction(nn.Module):
@@ -109,19 +106,26 @@ class Interaction(nn.Module):
         """Messages divided by the density."""
         return messages if divisor is None else [None if f is None else f / divisor for f in messages]
 
-    def finish(self, down: Features, up: Features, species: Tensor, tap: Tap | None = None) -> Features:
-        """From ``down(messages)`` to the atomic basis."""
-        if self.shape.interaction == "nonlinear":
-            residual = self.residual(up)
-            summed: Features = [
-                a if b is None else b if a is None else a + b
-                for a, b in zip(down, residual + [None] * (len(down) - len(residual)), strict=True)
-            ]
-            inner = gate(summed, self.shape.inner, normalised_sigmoid)
-            down = self.mix(tap_all(tap, f"{self.space}.inner", inner))
-        elif self.shape.species_map:
-            down = self.species_map(tap_all(tap, f"{self.space}.inner", down), species)
-        return tap_all(tap, f"{self.space}.atomic", down)
+    def after_convolution(self, messages: Features, up: Features) -> Features:
+        """``down(messages)``; with the neighbours' residual in nonlinear layers, as input of the gate."""
+        down: Features = self.down(messages)
+        if self.shape.interaction != "nonlinear":
+            return down
+        return add_features(down, self.residual(up), len(down))
+
+    def activate(self, total: Features) -> Features:
+        """Gate of nonlinear layers; others leave what follows the convolution as it is."""
+        if self.shape.interaction != "nonlinear":
+            return total
+        return gate(total, self.shape.inner, normalised_sigmoid)
+
+    def map_inner(self, inner: Features, species: Tensor) -> Features:
+        """From the inner features to the atomic basis: linear after a gate, else per species."""
+        mapped: Features
+        mapped = (
+            self.mix(inner) if self.shape.interaction == "nonlinear" else self.species_map(inner, species)
+        )
+        return mapped
 
     def forward(self, x: Features, edges: Edges, species: Tensor, tap: Tap | None = None) -> Features:
         """Atomic basis per order, (n_nodes, 2l+1, channels)."""
@@ -129,7 +133,10 @@ class Interaction(nn.Module):
         edges = self.edges_with_species(edges, species, tap)
         messages = self.convolution(up, edges, tap, f"{self.space}.radial")
         messages = self.normalised(messages, self.divisor(edges, species.shape[0]))
-        return self.finish(self.down(messages), up, species, tap)
+        x = self.activate(self.after_convolution(messages, up))
+        if self.shape.has_inner:
+            x = self.map_inner(tap_all(tap, f"{self.space}.inner", x), species)
+        return tap_all(tap, f"{self.space}.atomic", x)
 
 
 class Readout(nn.Module):
@@ -190,11 +197,7 @@ class MACEBlock(nn.Module):
         """Output before taps: ``linear(product) + skip(x)``."""
         new = self.linear(product)
         skip: Features = [] if self.skip is None else self.skip(x, species)
-        total: Features = []
-        for l in range(len(self.shape.out)):
-            parts = [f[l] for f in (new, skip) if l < len(f) and f[l] is not None]
-            total.append(sum(parts[1:], parts[0]) if parts else None)  # type: ignore[arg-type]
-        return total
+        return add_features(new, skip, len(self.shape.out))
 
     def forward(self, x: Features, edges: Edges, species: Tensor, tap: Tap | None = None) -> Features:
         """Node features after this layer."""

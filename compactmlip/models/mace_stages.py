@@ -11,9 +11,8 @@ from torch import Tensor, nn
 from compactmlip.data.graph import GraphBatch
 from compactmlip.models.contraction import SymmetricContraction, weight_key
 from compactmlip.models.convolution import Edges
-from compactmlip.models.gate import gate, normalised_sigmoid
 from compactmlip.models.linear import ScaledWeight
-from compactmlip.models.mace import MACE, Interaction, MACEBlock, Readout
+from compactmlip.models.mace import MACE, MACEBlock, Readout
 from compactmlip.models.stages import Features, Fit, Stage, add_to_weight, linear_fits
 
 
@@ -87,50 +86,32 @@ def _up_stage(model: MACE, block: MACEBlock, t: int) -> Stage[State]:
 def _down_stage(model: MACE, block: MACEBlock, t: int) -> Stage[State]:
     interaction = block.interaction
     maps = [(f"layers.{t}.interaction.down", lambda state: state.messages)]
-    nonlinear = block.shape.interaction == "nonlinear"
-    if nonlinear:
+    if block.shape.interaction == "nonlinear":
         maps.append((f"layers.{t}.interaction.residual", lambda state: state.up))
 
-    def evaluate(state: State) -> Features:
-        down = interaction.down(state.messages)
-        return _added(down, interaction.residual(state.up)) if nonlinear else down
-
     def advance(state: State, total: Features) -> State:
-        if nonlinear:
-            total = gate(total, block.shape.inner, normalised_sigmoid)
+        features = interaction.activate(total)
         if block.shape.has_inner:
-            return replace(state, messages=[], inner=total)
-        return replace(state, messages=[], atomic=total)
+            return replace(state, messages=[], inner=features)
+        return replace(state, messages=[], atomic=features)
 
-    return Stage(f"layer {t} down", linear_fits(model, maps), evaluate, advance)
-
-
-def _added(a: Features, b: Features) -> Features:
-    padded = b + [None] * (len(a) - len(b))
-    return [x if y is None else y if x is None else x + y for x, y in zip(a, padded, strict=True)]
+    return Stage(
+        name=f"layer {t} down",
+        fits=linear_fits(model, maps),
+        evaluate=lambda state: interaction.after_convolution(state.messages, state.up),
+        advance=advance,
+    )
 
 
 def _inner_stage(model: MACE, block: MACEBlock, t: int) -> Stage[State]:
     """Species map, or the linear map after the gate."""
     name = "mix" if block.shape.interaction == "nonlinear" else "species_map"
-
-    def evaluate(state: State) -> Features:
-        return _inner_map(block.interaction, state.inner, state.batch.species)
-
     return Stage(
         name=f"layer {t} {name}",
         fits=linear_fits(model, [(f"layers.{t}.interaction.{name}", lambda state: state.inner)]),
-        evaluate=evaluate,
+        evaluate=lambda state: block.interaction.map_inner(state.inner, state.batch.species),
         advance=lambda state, total: replace(state, inner=[], atomic=total),
     )
-
-
-def _inner_map(interaction: Interaction, inner: Features, species: Tensor) -> Features:
-    if interaction.shape.interaction == "nonlinear":
-        mixed: Features = interaction.mix(inner)
-        return mixed
-    mapped: Features = interaction.species_map(inner, species)
-    return mapped
 
 
 def _contraction_stage(block: MACEBlock, t: int) -> Stage[State]:

@@ -22,7 +22,9 @@ from compactmlip.models.linear import (
     EquivariantLinear,
     ScaledWeight,
     Tap,
+    add_features,
     apply_tap,
+    tap_all,
 )
 from compactmlip.models.radial import BesselBasis, Envelope
 from compactmlip.spec import ModelSpec
@@ -100,26 +102,19 @@ class NequIPBlock(nn.Module):
 
     def messages(self, x: Features, edges: Edges, tap: Tap | None = None) -> Features:
         """Aggregated messages per order; the input of ``down``."""
-        up = self.up(x)
-        space = f"{self.space}.up"
-        up = [None if f is None else apply_tap(tap, space, l, f) for l, f in enumerate(up)]
+        up = tap_all(tap, f"{self.space}.up", self.up(x))
         return self.convolution(up, edges, tap, f"{self.space}.radial")
 
     def gate_input(self, x: Features, messages: Features, species: Tensor) -> Features:
         """Pre-activation features: ``down(messages) + skip(x)``."""
         update = self.down(messages)
         skip: Features = [] if self.skip is None else self.skip(x, species)
-        total: Features = []
-        for l in range(len(self.shape.out)):
-            parts = [f[l] for f in (update, skip) if l < len(f) and f[l] is not None]
-            total.append(sum(parts[1:], parts[0]) if parts else None)  # type: ignore[arg-type]
-        return total
+        return add_features(update, skip, len(self.shape.out))
 
     def activate(self, gate_input: Features, tap: Tap | None = None) -> Features:
         """Apply the gate; the output enters the next layer."""
         out = gate(gate_input, self.shape.out)
-        space = f"{self.space}.out"
-        return [None if f is None else apply_tap(tap, space, l, f) for l, f in enumerate(out)]
+        return tap_all(tap, f"{self.space}.out", out)
 
     def forward(self, x: Features, edges: Edges, species: Tensor, tap: Tap | None = None) -> Features:
         """Return the node features after this layer."""

@@ -13,8 +13,7 @@ from mace_models import VARIANTS, make_model, make_spec
 from torch import Tensor
 
 from compactmlip.data.graph import build_graph, collate, energy_and_derivatives
-from compactmlip.errors import KernelError
-from compactmlip.kernels.build import load, without_kernels
+from compactmlip.kernels.build import without_kernels
 from compactmlip.kernels.contraction import contraction_plan
 from compactmlip.models import cast
 from compactmlip.models.contraction import Parametrisation, SymmetricContraction
@@ -23,14 +22,7 @@ Channels = dict[int, Sequence[int] | None]
 Tensors = Sequence[Sequence[Tensor]]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _kernels() -> None:
-    try:
-        if load():
-            return
-    except KernelError as error:
-        pytest.skip(f"no compiled kernels: {error}")
-    pytest.skip("no compiled kernels")
+pytestmark = pytest.mark.usefixtures("kernels")
 
 
 @dataclass

@@ -9,22 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from compactmlip.errors import KernelError
-from compactmlip.kernels.build import load, without_kernels
+from compactmlip.kernels.build import without_kernels
 from compactmlip.kernels.ops import convolve, convolve_reference
 
 ROWS = (1, 3, 5, 7, 2, 4)
 """Rows per path: sizes that are unrolled, and others."""
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _kernels() -> None:
-    try:
-        if load():
-            return
-    except KernelError as error:
-        pytest.skip(f"no compiled kernels: {error}")
-    pytest.skip("no compiled kernels")
+pytestmark = pytest.mark.usefixtures("kernels")
 
 
 @dataclass

@@ -24,17 +24,9 @@ from compactmlip.deploy.compile import compile_model
 from compactmlip.errors import InputError, KernelError
 from compactmlip.info import describe
 from compactmlip.kernels import build as building
-from compactmlip.kernels.build import load, without_kernels
+from compactmlip.kernels.build import without_kernels
 
-
-@pytest.fixture(autouse=True, scope="module")
-def _kernels() -> None:
-    try:
-        if load():
-            return
-    except KernelError as error:
-        pytest.skip(f"no compiled kernels: {error}")
-    pytest.skip("no compiled kernels")
+pytestmark = pytest.mark.usefixtures("kernels")
 
 
 @pytest.fixture(params=["nequip", "mace"])
