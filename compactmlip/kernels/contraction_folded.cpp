@@ -5,6 +5,12 @@
 // how the contraction is factored; its programs are compiled into this file as straight lines of vector
 // operations, and found by their identity.  Atoms are independent of each other, so bits depend neither on
 // the number of threads nor on the other atoms.
+
+// Long sums of the programs overlap only if the compiler interleaves them before it hands out registers.
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC optimize("schedule-insns", "sched-pressure")
+#endif
+
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>

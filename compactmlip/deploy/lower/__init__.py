@@ -1,0 +1,1 @@
+"""Lowering: from a native model to one that only evaluates."""
