@@ -90,6 +90,9 @@ def sevenn_run(model: str, atoms: Atoms, dtype: torch.dtype) -> Callable[[], Cal
 
     calculator = SevenNetCalculator(model, device="cpu")
     loaded = calculator.model.to(dtype)
+    if dtype == torch.float64:
+        torch.set_default_dtype(dtype)  # of its one-hot vectors
+        _exact_couplings(loaded)
     arrays = unlabeled_atoms_to_graph(atoms, calculator.cutoff)
     graph = AtomGraphData.from_numpy_dict(arrays)
     for name, value in arrays.items():
@@ -102,6 +105,15 @@ def sevenn_run(model: str, atoms: Atoms, dtype: torch.dtype) -> Callable[[], Cal
         return lambda: loaded(fresh)[keys.PRED_FORCE].detach()
 
     return prepare
+
+
+def _exact_couplings(model: nn.Module) -> None:
+    """Replace Wigner 3j symbols, which the checkpoint has in float32, by those in float64."""
+    from e3nn.o3 import wigner_3j
+
+    for name, symbols in model.named_buffers():
+        if "_w3j_" in name:
+            symbols.copy_(wigner_3j(*map(int, name.split("_")[-3:]), dtype=torch.float64))
 
 
 RUNS = {"mace": mace_run, "sevenn": sevenn_run}
