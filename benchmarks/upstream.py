@@ -91,10 +91,9 @@ def sevenn_run(model: str, atoms: Atoms, dtype: torch.dtype) -> Callable[[], Cal
     calculator = SevenNetCalculator(model, device="cpu")
     loaded = calculator.model.to(dtype)
     if dtype == torch.float64:
-        torch.set_default_dtype(dtype)  # of its one-hot vectors
-        _exact_couplings(loaded)
+        _make_double(loaded)
     arrays = unlabeled_atoms_to_graph(atoms, calculator.cutoff)
-    graph = AtomGraphData.from_numpy_dict(arrays)
+    graph = AtomGraphData.from_numpy_dict(dict(arrays))
     for name, value in arrays.items():
         # From the arrays, because the graph holds them in float32.
         if isinstance(value, np.ndarray) and value.dtype.kind == "f":
@@ -107,10 +106,20 @@ def sevenn_run(model: str, atoms: Atoms, dtype: torch.dtype) -> Callable[[], Cal
     return prepare
 
 
-def _exact_couplings(model: nn.Module) -> None:
-    """Replace Wigner 3j symbols, which the checkpoint has in float32, by those in float64."""
+def _make_double(model: nn.Module) -> None:
+    """Make a model in float64 compute in it: one-hot vectors and Wigner 3j symbols are float32 by default."""
     from e3nn.o3 import wigner_3j
+    from sevenn.nn.node_embedding import OnehotEmbedding
 
+    def upcast(module: nn.Module, arguments: object, data: Any) -> Any:
+        for name, value in list(data.items()):
+            if isinstance(value, Tensor) and value.dtype == torch.float32:
+                data[name] = value.double()
+        return data
+
+    for module in model.modules():
+        if isinstance(module, OnehotEmbedding):
+            module.register_forward_hook(upcast)
     for name, symbols in model.named_buffers():
         if "_w3j_" in name:
             symbols.copy_(wigner_3j(*map(int, name.split("_")[-3:]), dtype=torch.float64))
