@@ -14,6 +14,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ def measure(model: str, system: str, atoms: int, threads: int) -> dict[str, Any]
     listed = peak_memory()
     forget_peak_memory()
     edges = len(graph.centers)
-    _, evaluating = timed(lambda: evaluation(graph))
+    _, evaluating = timed(partial(evaluation, graph))
     evaluated = peak_memory()
     del graph
     forget_peak_memory()
