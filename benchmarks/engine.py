@@ -1,13 +1,13 @@
-"""The engine beside mace-torch and sevenn: energies and forces on one processor, time and memory.
+r"""The engine beside mace-torch and sevenn: energies and forces on one processor, time and memory.
 
 Every calculation has a process of its own, so that its peak memory is its own; upstream's run in other
 environments.  The processes take turns, and a ratio is one of medians of the same run.  Upstream has the 89
 elements of its models, as in its calculators; ours is reduced to the species of the structure, as
 ``convert --species`` does, except in the rows "all species".  Finished pairs of model and structure are kept
-in the file of --cache: an interrupted run continues, and the tables are made of all that it holds.
+in the file of --cache: an interrupted run continues, and the tables are made of those that are asked for.
 
     python benchmarks/engine.py --mace-python ENV/bin/python --sevenn-python ENV/bin/python \
-        --cache engine.jsonl --threads 1 2 --output benchmarks/results/engine.md
+        --cache engine.jsonl --threads 1 2 --max-seconds 120 --output benchmarks/results/engine.md
     python benchmarks/engine.py ... --cache short.jsonl --models "MACE small" --systems "Si 8" --repeats 3
 """
 

@@ -71,8 +71,10 @@ def explanation(records: Sequence[Record], max_memory: float, max_seconds: float
     text = (
         f"\nAtoms per second of energies and forces with the neighbour list made before, medians of "
         f"{' or '.join(map(str, repeats))}, calculations in turn, each in a process of its own; GB: its peak "
-        "memory. 'Whole step' is `atoms.get_forces()` after moving the atoms, neighbour list and stress "
-        "included. Upstream has the elements of its release (89); ours those of the structure, except in "
+        f"memory (loaded and before the first calculation {_start(records, True)} GB upstream and "
+        f"{_start(records, False)} ours). 'Whole step' is `atoms.get_forces()` after moving the atoms, "
+        "neighbour list and stress included, measured after the others. GOMP_SPINCOUNT is 1000 for all. "
+        "Upstream has the elements of its release (89); ours those of the structure, except in "
         "rows 'all species'. Pruned rows are compared with the unpruned upstream model. ΔF: largest "
         "difference of a force component to upstream in float64, and relative to the largest component. "
         "MACE has random weights, scaled to realistic forces; SevenNet has its own.\n"
@@ -86,6 +88,17 @@ def explanation(records: Sequence[Record], max_memory: float, max_seconds: float
             text += f"; time on the clock over processor time (1 thread): at most {max(waits):.2f}"
         text += ".\n"
     return text
+
+
+def _start(records: Sequence[Record], upstream: bool) -> str:
+    """Range of the memory before the first calculation."""
+    found = [
+        c["memory_before"] / GB
+        for r in records
+        for c in r["calculations"]
+        if "memory_before" in c and c["variant"].startswith("upstream") == upstream
+    ]
+    return f"{min(found):.2f} to {max(found):.2f}" if found else "–"
 
 
 def _rows(record: Record) -> list[list[object]]:

@@ -82,9 +82,9 @@ class Counter(TorchDispatchMode):
         if func.overloadpacket in flop_registry:
             return float(flop_registry[func.overloadpacket](*args, **kwargs, out_val=out))
         if name == "compactmlip::convolve":
-            return _convolve(*args[:3])
+            return _convolve(args[0], args[1])
         if name == "compactmlip::convolve_backward":
-            return _convolve_backward(*args[1:4], mask=args[7])
+            return _convolve_backward(args[1], args[2], mask=args[7])
         if name in ("compactmlip::contract", "compactmlip::contract_backward"):
             backward = name.endswith("backward")
             return self._contract(args, args[1 if backward else 0], int(backward))
@@ -112,12 +112,12 @@ def _tensors(values: Any) -> Iterable[Tensor]:
             yield from _tensors(value)
 
 
-def _convolve(coupling: Tensor, features: Tensor, radial: Tensor) -> float:
+def _convolve(coupling: Tensor, features: Tensor) -> float:
     edges, rows, components = coupling.shape
     return float(edges * rows * features.shape[-1] * (2 * components + 2))
 
 
-def _convolve_backward(coupling: Tensor, features: Tensor, radial: Tensor, mask: Sequence[bool]) -> float:
+def _convolve_backward(coupling: Tensor, features: Tensor, mask: Sequence[bool]) -> float:
     edges, rows, components = coupling.shape
     each = 1 + 2 * components * sum(mask) + (2 if mask[2] else 0)
     return float(edges * rows * features.shape[-1] * each)

@@ -28,7 +28,7 @@ class Calculation:
         self.graph = self.evaluation.graph(self.atoms)
         self.forces = torch.empty(0)
         self.rng = np.random.default_rng(0)
-        return {"memory": peak_memory(), "edges": len(self.graph.centers)}
+        return {"memory_before": peak_memory(), "edges": len(self.graph.centers)}
 
     def run(self) -> dict[str, Any]:
         found, times = timed(lambda: self.evaluation(self.graph))

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -55,8 +56,8 @@ def frequencies(calculator: CompactMLIPCalculator, options: argparse.Namespace) 
     phonons.produce_force_constants()
     phonons.symmetrize_force_constants()
     phonons.run_mesh([options.mesh] * 3)
-    assert phonons.mesh is not None
-    return np.sort(np.asarray(phonons.mesh.frequencies, dtype=float), axis=1)
+    mesh: Any = phonons.mesh
+    return np.sort(np.asarray(mesh.frequencies, dtype=float), axis=1)
 
 
 def main() -> None:

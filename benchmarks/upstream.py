@@ -138,7 +138,7 @@ class Calculation:
         torch.set_num_threads(threads)
         self.prepare = RUNS[package](model, read_structure(structure), DTYPES[dtype])
         self.forces = torch.empty(0)
-        return {"memory": peak_memory()}
+        return {"memory_before": peak_memory()}
 
     def run(self) -> dict[str, Any]:
         self.forces, times = timed(self.prepare())
@@ -162,7 +162,7 @@ def make_mace(path: str, **settings: Any) -> dict[str, Any]:
     have, and the comparison would be too easy.
     """
     torch.set_default_dtype(torch.float64)
-    model = mace_model(**settings)
+    model: Any = mace_model(**settings)
     silicon = bulk("Si", "diamond", a=5.43, cubic=True)
     silicon.rattle(0.05, seed=0)
     forces = model(mace_batch(model, silicon))["forces"]
