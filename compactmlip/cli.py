@@ -10,11 +10,10 @@ from typing import Annotated, Any
 
 import typer
 
-from compactmlip import __version__
+from compactmlip import __version__, cli_deploy
 from compactmlip.cli_types import (
     AcceptLicence,
     AsJSON,
-    Backend,
     BasisStart,
     Calibration,
     Config,
@@ -33,6 +32,7 @@ from compactmlip.cli_types import (
     Structures,
     Teacher,
     To,
+    print_result,
 )
 from compactmlip.errors import CompactMLIPError, InputError
 
@@ -79,10 +79,6 @@ def _root(
     ] = False,
 ) -> None:
     pass
-
-
-def _result(as_json: bool, text: str, **values: Any) -> None:
-    print(json.dumps(values, default=str) if as_json else text)
 
 
 def _symbols(text: str | None) -> tuple[str, ...] | None:
@@ -140,7 +136,7 @@ def convert(
     )
     symbols = _symbols(species)
     checkpoint.save(keep_species(native, symbols) if symbols else native, path)
-    _result(as_json, f"wrote {path}", output=path)
+    print_result(as_json, f"wrote {path}", output=path)
 
 
 @app.command()
@@ -166,7 +162,7 @@ def export(
         model, modality=modality, dtype=None, accept_licence=accept_licence, progress=not as_json
     )
     export_model(native, path, dtype=checkpoint.DTYPES[dtype] if dtype else None)
-    _result(as_json, f"wrote {path}", output=path)
+    print_result(as_json, f"wrote {path}", output=path)
 
 
 @app.command()
@@ -194,7 +190,7 @@ def sample(
     loaded = _teacher_for(teacher, modality, accept_licence, frames, device, not as_json)
     made = run(frames, loaded, options, progress=not as_json)
     write_labelled(path, made)
-    _result(as_json, f"wrote {len(made)} structures to {path}", output=path, structures=len(made))
+    print_result(as_json, f"wrote {len(made)} structures to {path}", output=path, structures=len(made))
 
 
 @app.command()
@@ -215,7 +211,9 @@ def label(
     path = output or Path("labelled.xyz")
     loaded = _teacher_for(teacher, modality, accept_licence, frames, device, not as_json)
     done = run(frames, loaded, path, progress=not as_json)
-    _result(as_json, f"wrote {len(done)} labelled structures to {path}", output=path, structures=len(done))
+    print_result(
+        as_json, f"wrote {len(done)} labelled structures to {path}", output=path, structures=len(done)
+    )
 
 
 @app.command()
@@ -287,7 +285,7 @@ def prune(
         before_after = f"{1e3 * refit.before.forces:.0f} -> {1e3 * refit.after.forces:.0f}"
         text += f"; held-out force MAE {before_after} meV/A by compensation"
         values |= {"force_mae_plain": refit.before.forces, "force_mae": refit.after.forces}
-    _result(as_json, text, **values)
+    print_result(as_json, text, **values)
 
 
 @app.command()
@@ -327,38 +325,11 @@ def distil(
     model = checkpoint.load(student).to(usable_device(device))
     result = run(model, frames[0], frames[1], options, folder, not as_json)
     checkpoint.save(result.model, path)
-    _result(as_json, f"wrote {path}: {result.errors} on {valid}", output=path, **result.errors.row())
+    print_result(as_json, f"wrote {path}: {result.errors} on {valid}", output=path, **result.errors.row())
 
 
-@app.command("compile")
-def compile_(
-    model: Annotated[Path, typer.Argument(help="Checkpoint (*.safetensors).")],
-    output: Output = None,
-    dtype: Annotated[str, typer.Option(help="float32 or float64.")] = "float32",
-    backend: Backend = "torch",
-    as_json: AsJSON = False,
-) -> None:
-    """Write the deployed file that the ASE calculator loads."""
-    from compactmlip.deploy.compile import compile_model
-
-    path = output or model.with_suffix(".pt")
-    report = compile_model(model, path, dtype=dtype, backend=backend)  # type: ignore[arg-type]
-    _result(as_json, f"wrote {path} ({dtype}): {report}", output=path)
-
-
-@app.command()
-def build(
-    force: Annotated[bool, typer.Option("--force", help="Build even if there is a library already.")] = False,
-    as_json: AsJSON = False,
-) -> None:
-    """Compile the fast operators for this machine; the first run of a model does so by itself."""
-    from compactmlip.kernels.build import build as run, check
-
-    report = run(force=force)
-    check(report)
-    done = f"built in {report.seconds:.0f} s" if report.built else "already there"
-    text = f"{report.path}: {done}, {report.compiler}, {report.flags}"
-    _result(as_json, text, **vars(report))
+app.command("compile")(cli_deploy.compile_)
+app.command()(cli_deploy.build)
 
 
 @app.command()
@@ -385,7 +356,7 @@ def validate(
     folder = output or Path("validation")
     certificate = run(model, teacher, read_structures(structure), options, folder, progress=not as_json)
     text = f"{certificate.verdict}: see {folder / 'report.html'} and {folder / 'certificate.json'}"
-    _result(as_json, text, verdict=certificate.verdict, output=folder)
+    print_result(as_json, text, verdict=certificate.verdict, output=folder)
 
 
 @app.command()

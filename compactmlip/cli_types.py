@@ -1,9 +1,10 @@
-"""Arguments and options that several commands share."""
+"""Arguments and options that several commands share, and how they print their result."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -41,7 +42,28 @@ KeptLayers = Annotated[
     typer.Option(help="Message-passing layers to keep (MACE); with --to, channels are cut as well."),
 ]
 Backend = Annotated[
-    str, typer.Option(help="torch (runs anywhere) or kernels (faster; CPU, needs a C++ compiler).")
+    str,
+    typer.Option(
+        help="torch (runs anywhere), kernels (faster; CPU, needs a C++ compiler) or aoti (machine code, "
+        "*.pt2, for this torch and processors like this one)."
+    ),
+]
+Precision = Annotated[
+    str,
+    typer.Option(
+        help="float32, float64, mixed (float32; geometry and energy readouts in float64) or bf16 (float32; "
+        "operands of dense products rounded to bfloat16)."
+    ),
+]
+TF32 = Annotated[
+    bool, typer.Option("--tf32", help="Allow TF32 products on NVIDIA GPUs; never used otherwise.")
+]
+MeasuredOn = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--calibration",
+        help="Structures on which the error against float64 is measured; labels are not needed.",
+    ),
 ]
 Calibration = Annotated[list[Path], typer.Option("--calibration", help="Structures; labels are not needed.")]
 OddPaths = Annotated[bool, typer.Option(help="Keep tensor-product paths that break inversion symmetry.")]
@@ -56,3 +78,8 @@ NumBasis = Annotated[int | None, typer.Option(help="Radial functions to have in 
 BasisStart = Annotated[
     str, typer.Option(help="Start of --num-basis: inherited, or random, which has to be trained.")
 ]
+
+
+def print_result(as_json: bool, text: str, **values: Any) -> None:
+    """Print the last line of a command: for people, or with ``--json`` for scripts."""
+    print(json.dumps(values, default=str) if as_json else text)

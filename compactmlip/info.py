@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from compactmlip import checkpoint
 from compactmlip.models import build, channel_rows
 from compactmlip.spec import ModelSpec
 
+if TYPE_CHECKING:
+    from compactmlip.deploy.archive import Accuracy, Deployment
+
 
 def describe(path: str | Path) -> dict[str, Any]:
-    """Describe a checkpoint (``*.safetensors``) or a deployed file (``*.pt``).
+    """Describe a checkpoint (``*.safetensors``) or a deployed file (``*.pt``, ``*.pt2``).
 
     Returns
     -------
@@ -24,12 +27,12 @@ def describe(path: str | Path) -> dict[str, Any]:
         If the file is neither, or damaged.
     """
     path = Path(path)
-    if path.suffix == ".pt":
+    deployed: dict[str, Any] = {}
+    if path.suffix in (".pt", ".pt2"):
         from compactmlip.deploy.archive import inspect
 
         spec, deployment = inspect(path)
-        needs = ", needs compiled kernels" if deployment.backend == "kernels" else ""
-        kind = f"deployed TorchScript file{needs}"
+        kind, deployed = _kind(deployment), _precision(spec, deployment)
     else:
         kind, spec = "checkpoint", checkpoint.read_spec(path)
     blocks = parameters_by_block(spec)
@@ -44,6 +47,7 @@ def describe(path: str | Path) -> dict[str, Any]:
         "cutoff": f"{spec.cutoff} Angstrom",
         "receptive field": f"{spec.receptive_field} Angstrom",
         "dtype": spec.dtype,
+        **deployed,
         "units": f"energy {spec.units.energy}, length {spec.units.length}",
         "model": provenance.name,
         "source": provenance.source,
@@ -52,6 +56,32 @@ def describe(path: str | Path) -> dict[str, Any]:
         "parent sha256": provenance.parent_sha256 or "none",
         "steps": [step.action for step in provenance.steps] or "none",
     }
+
+
+def _kind(deployment: Deployment) -> str:
+    if deployment.backend == "aoti":
+        return f"deployed machine code for torch {deployment.torch_version} and processors like its maker's"
+    needs = ", needs compiled kernels" if deployment.backend == "kernels" else ""
+    return f"deployed TorchScript file{needs}"
+
+
+def _precision(spec: ModelSpec, deployment: Deployment) -> dict[str, Any]:
+    precision = deployment.precision or spec.dtype
+    tf32 = ", TF32 products on NVIDIA GPUs" if deployment.tf32 else ""
+    errors = [accuracy_text(a) for a in deployment.accuracy] or "not measured"
+    return {"precision": f"{precision}{tf32}", "error against float64": errors}
+
+
+def accuracy_text(accuracy: Accuracy) -> str:
+    """One line about the errors of a deployed file against the float64 model."""
+    a = accuracy
+    text = (
+        f"{a.num_structures} {a.structures} structures: energy {a.energy_mae:.1e} (max {a.energy_max:.1e}) "
+        f"eV/atom, forces {a.force_mae:.1e} (max {a.force_max:.1e}) eV/Angstrom"
+    )
+    if a.stress_mae is None:
+        return text
+    return f"{text}, stress {a.stress_mae:.1e} (max {a.stress_max:.1e}) eV/Angstrom^3"
 
 
 def parameters_by_block(spec: ModelSpec) -> dict[str, int]:

@@ -24,14 +24,14 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("train",),
     ("validate",),
     ("specialize", "summary", "info"),
-    ("cli_types", "cli"),
+    ("cli_types", "cli_deploy", "cli"),
 )
 """A module imports from its own layer and those above it in this list, never from those below."""
 
 EXCEPTIONS = {"compactmlip.data.graph": 0, "compactmlip.data.neighbors": 0}
 """Modules in another layer than their package: neighbour lists and batches, which models read."""
 
-DEPLOYED = ("compactmlip.deploy.ase", "compactmlip.deploy.archive")
+DEPLOYED = tuple(f"compactmlip.deploy.{name}" for name in ("ase", "archive", "engine", "matmul", "package"))
 """What a deployed file needs to run; only these modules may be imported with them."""
 DEPLOYED_NEEDS = (
     "compactmlip.errors",

@@ -267,14 +267,27 @@ def energy_and_derivatives(
         node_energies = node_energy(batch.species, batch.centers, batch.neighbors, vectors)
         total = node_energies.sum()
         (gradient,) = torch.autograd.grad(total, vectors, create_graph=create_graph)
+    return derivatives(batch, node_energies if create_graph else node_energies.detach(), gradient)
+
+
+def derivatives(batch: GraphBatch, node_energies: Tensor, gradient: Tensor) -> Derivatives:
+    """Energies, forces and stresses of a batch.
+
+    Parameters
+    ----------
+    batch
+        The structures.
+    node_energies
+        (N,) energies in eV.
+    gradient
+        (E, 3) derivative of their sum with respect to the edge vectors, eV/Angstrom.
+    """
     num_structures = len(batch.num_atoms)
-    forces = vectors.new_zeros(len(batch.species), 3)
+    forces = gradient.new_zeros(len(batch.species), 3)
     forces = forces.index_add(0, batch.centers, gradient).index_add(0, batch.neighbors, -gradient)
     edge_virial = (batch.vectors.unsqueeze(-1) * gradient.unsqueeze(-2)).flatten(1)
-    virial = vectors.new_zeros(num_structures, 9)
+    virial = gradient.new_zeros(num_structures, 9)
     virial = virial.index_add(0, batch.structure[batch.centers], edge_virial).unflatten(1, (3, 3))
-    stresses = 0.5 * (virial + virial.mT) / batch.volumes.to(vectors.dtype)[:, None, None]
+    stresses = 0.5 * (virial + virial.mT) / batch.volumes.to(gradient.dtype)[:, None, None]
     energies = node_energies.new_zeros(num_structures).index_add(0, batch.structure, node_energies)
-    if not create_graph:
-        energies, node_energies = energies.detach(), node_energies.detach()
     return Derivatives(energies, node_energies, forces, stresses)

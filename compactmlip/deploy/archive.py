@@ -1,9 +1,11 @@
-"""The deployed file: a TorchScript archive that says what it is.
+"""The deployed file: an archive with compiled code that says what it is.
 
-The module maps ``(species, centers, neighbors, vectors)`` to the energy of each atom: species indices
-(N,) and edge ends (E,) as int64, edge vectors (E, 3) in Angstrom in the file's dtype, energies (N,) in
-eV as float64.  The entry ``compactmlip.json`` is the model's spec (species, cutoff, units, dtype,
-provenance) with one more key, ``deployed``: :class:`Deployment`.
+A TorchScript file (``*.pt``) maps ``(species, centers, neighbors, vectors)`` to the energy of each atom:
+species indices (N,) and edge ends (E,) as int64, edge vectors (E, 3) in Angstrom in the file's dtype,
+energies (N,) in eV as float64.  A file with machine code (``*.pt2``, backend "aoti", see
+:mod:`compactmlip.deploy.package`) returns the gradient of the summed energy with respect to the vectors
+as well.  The entry ``compactmlip.json`` is the model's spec (species, cutoff, units, dtype, provenance)
+with one more key, ``deployed``: :class:`Deployment`.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ import json
 import warnings
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
@@ -22,19 +24,30 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
 from compactmlip.errors import CheckpointError, InputError, KernelError
-from compactmlip.spec import ModelSpec
+from compactmlip.spec import DTypeName, ModelSpec
 
 ENTRY = "compactmlip.json"
 """Name of the JSON text inside the archive."""
 
-VERSIONS = {"torch": 1, "kernels": 2}
-"""Version of the layout by what the file needs: older releases read files that need torch only."""
+DEPLOYED_VERSION = 3
+"""Version of the layout.  1 had torch files only; 2 added kernels; 3 precision, accuracy and aoti."""
 
-DEPLOYED_VERSION = max(VERSIONS.values())
-"""Newest version that this release reads."""
+Backend = Literal["torch", "kernels", "aoti"]
+"""What a file is and needs: TorchScript that needs torch only; TorchScript that calls the operators of
+:mod:`compactmlip.kernels`; machine code for one processor and one version of torch."""
 
-Backend = Literal["torch", "kernels"]
-"""What a file needs to run: torch, or torch and the operators of :mod:`compactmlip.kernels`."""
+SUFFIXES: dict[Backend, str] = {"torch": ".pt", "kernels": ".pt", "aoti": ".pt2"}
+
+Precision = Literal["float32", "float64", "mixed", "bf16"]
+"""How a file computes; :mod:`compactmlip.deploy.precision` says what the last two mean."""
+
+INPUTS: dict[Precision, DTypeName] = {
+    "float32": "float32",
+    "float64": "float64",
+    "mixed": "float32",
+    "bf16": "float32",
+}
+"""Dtype of the edge vectors, by precision."""
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
@@ -61,22 +74,54 @@ class SelfCheck(_Frozen):
     stress_tolerance: float
 
 
-class Deployment(_Frozen):
-    """What is known about a deployed file beyond the spec of its model."""
+class Accuracy(_Frozen):
+    """Errors against the float64 model: mean absolute and largest.
 
-    format_version: int = VERSIONS["torch"]
+    Energies in eV/atom, forces (components) in eV/Angstrom, stress (components) in eV/Angstrom^3; stress
+    is None where no structure is periodic.  ``structures`` says on what: "built-in", random ones made from
+    the model's species, or "calibration", those that the user gave.
+    """
+
+    structures: Literal["built-in", "calibration"]
+    num_structures: int
+    num_atoms: int
+    energy_mae: float
+    energy_max: float
+    force_mae: float
+    force_max: float
+    stress_mae: float | None
+    stress_max: float | None
+
+
+class Binary(_Frozen):
+    """What machine code is bound to, apart from torch's version."""
+
+    machine: str
+    instruction_sets: tuple[str, ...]
+
+
+class Deployment(_Frozen):
+    """What is known about a deployed file beyond the spec of its model.
+
+    ``precision`` and ``accuracy`` are None or empty in files of older releases.  ``tf32`` allows matrix
+    products on NVIDIA GPUs to round their operands to 10 bits.
+    """
+
+    format_version: int = DEPLOYED_VERSION
     compactmlip_version: str
     torch_version: str
     backend: Backend = "torch"
+    precision: Precision | None = None
+    tf32: bool = False
     source_sha256: str | None = None
     self_check: SelfCheck
+    accuracy: tuple[Accuracy, ...] = ()
+    binary: Binary | None = None
 
 
 def to_json(spec: ModelSpec, deployment: Deployment) -> str:
     """Return the text of the entry that a deployed file carries."""
-    left_out = {"backend"} if deployment.format_version == VERSIONS["torch"] else None
-    described = deployment.model_dump(mode="json", exclude=left_out)
-    return json.dumps({**spec.model_dump(mode="json"), "deployed": described})
+    return json.dumps({**spec.model_dump(mode="json"), "deployed": deployment.model_dump(mode="json")})
 
 
 def inspect(path: str | Path) -> tuple[ModelSpec, Deployment]:
@@ -93,13 +138,12 @@ def inspect(path: str | Path) -> tuple[ModelSpec, Deployment]:
         with zipfile.ZipFile(path) as archive:
             names = [n for n in archive.namelist() if n.endswith(f"/extra/{ENTRY}")]
             text = archive.read(names[0]).decode() if names else None
-            is_torchscript = any(n.endswith("/constants.pkl") for n in archive.namelist())
+            kind = _kind(archive.namelist())
     except (OSError, ValueError, zipfile.BadZipFile) as error:
         raise CheckpointError(
             f"{path}: truncated or damaged ({error}). Copy it again, or compile the model again."
         ) from error
     if text is None:
-        kind = "a TorchScript file" if is_torchscript else "an archive"
         raise CheckpointError(
             f"{path}: {kind}, but not made by 'compactmlip compile'. "
             "Upstream checkpoints are imported with 'compactmlip convert' and then compiled."
@@ -110,7 +154,7 @@ def inspect(path: str | Path) -> tuple[ModelSpec, Deployment]:
 def load_deployed(
     path: str | Path, device: torch.device | str = "cpu"
 ) -> tuple[torch.jit.ScriptModule, ModelSpec]:
-    """Load a deployed file.
+    """Load a deployed TorchScript file.
 
     Returns
     -------
@@ -129,7 +173,12 @@ def load_deployed(
     """
     path = Path(path)
     spec, deployment = inspect(path)
-    _check_content(path)
+    if deployment.backend == "aoti":
+        raise CheckpointError(
+            f"{path}: compiled with --backend aoti, so there is no TorchScript module in it. Use "
+            "CompactMLIPCalculator, or compile the model with --backend torch."
+        )
+    check_content(path)
     if deployment.backend == "kernels":
         _load_kernels(path, usable_device(device))
     return load_module(path, device, f"written with torch {deployment.torch_version}"), spec
@@ -218,6 +267,13 @@ def _load_kernels(path: Path, device: torch.device) -> None:
         ) from error
 
 
+def _kind(names: Sequence[str]) -> str:
+    """What an archive with these entries is, for messages."""
+    if any(n.endswith("/constants.pkl") for n in names):
+        return "a TorchScript file"
+    return "an AOTInductor package" if any("/data/aotinductor/" in n for n in names) else "an archive"
+
+
 def _check_type(path: Path) -> None:
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file.")
@@ -240,8 +296,14 @@ def _check_type(path: Path) -> None:
     )
 
 
-def _check_content(path: Path) -> None:
-    """Compare every entry with its checksum, which torch does not."""
+def check_content(path: Path) -> None:
+    """Compare every entry with its checksum, which torch does not.
+
+    Raises
+    ------
+    CheckpointError
+        If one differs.
+    """
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +15,10 @@ from ase.calculators.calculator import Calculator, all_changes
 from ase.stress import full_3x3_to_voigt_6_stress
 from torch import nn
 
-from compactmlip.data.graph import Derivatives, build_graph, energy_and_derivatives
+from compactmlip.data.graph import Derivatives, build_graph
 from compactmlip.data.neighbors import VerletList
-from compactmlip.deploy.archive import DTYPES, NodeEnergy, load_deployed, usable_device, without_profiling
+from compactmlip.deploy.archive import DTYPES, usable_device
+from compactmlip.deploy.engine import Engine, from_energies, load_engine
 from compactmlip.errors import CheckpointError, InputError, did_you_mean
 from compactmlip.spec import DTypeName, ModelSpec
 
@@ -32,8 +32,8 @@ class CompactMLIPCalculator(Calculator):
     Parameters
     ----------
     model
-        A compiled model (``*.pt``), a checkpoint (``*.safetensors``), or a native model in memory, of
-        which a copy is made.
+        A compiled model (``*.pt``, ``*.pt2``), a checkpoint (``*.safetensors``), or a native model in
+        memory, of which a copy is made.
     device
         For instance "cpu" or "cuda".
     dtype
@@ -83,7 +83,7 @@ class CompactMLIPCalculator(Calculator):
         engine = _load(self._source, self._device, dtype)
         if isinstance(self._source, Path):
             self._sha256 = _sha256(self._source)
-        self._engine: _Engine | None = engine
+        self._engine: Engine | None = engine
         self._neighbors = VerletList(engine.spec.cutoff, skin)
         self.parameters.update(
             model=engine.spec.provenance.name if isinstance(model, nn.Module) else str(model),
@@ -140,13 +140,13 @@ class CompactMLIPCalculator(Calculator):
         with torch.inference_mode(False):
             edges = self._neighbors.edges(self.atoms)
             graph = build_graph(self.atoms, engine.spec, engine.dtype, edges).to(device=engine.device)
-            found = energy_and_derivatives(engine.node_energy, graph)
+            found = engine.evaluate(graph)
         self.results = _results(found)
 
     def _get_name(self) -> str:
         return "compactmlip"
 
-    def _loaded(self) -> _Engine:
+    def _loaded(self) -> Engine:
         """Model, loaded again after unpickling."""
         if self._engine is None:
             engine = _load(self._source, self._device, self._dtype)
@@ -173,18 +173,8 @@ class CompactMLIPCalculator(Calculator):
         return copy.deepcopy(self)
 
 
-@dataclass(frozen=True)
-class _Engine:
-    """A model that is ready to run."""
-
-    spec: ModelSpec
-    node_energy: NodeEnergy
-    dtype: torch.dtype
-    device: torch.device
-
-
 @torch.inference_mode(False)  # weights made in a caller's inference mode could not take part in gradients
-def _load(source: Path | nn.Module, device: str, dtype: DTypeName | None) -> _Engine:
+def _load(source: Path | nn.Module, device: str, dtype: DTypeName | None) -> Engine:
     target = usable_device(device)
     if isinstance(source, nn.Module):
         return _native(copy.deepcopy(source), target, dtype)
@@ -192,22 +182,22 @@ def _load(source: Path | nn.Module, device: str, dtype: DTypeName | None) -> _En
         from compactmlip.checkpoint import load
 
         return _native(load(source), target, dtype)
-    module, spec = load_deployed(source, target)
-    if dtype is not None and dtype != spec.dtype:
+    engine = load_engine(source, target)
+    if dtype is not None and dtype != engine.spec.dtype:
         raise InputError(
-            f"{source}: compiled in {spec.dtype}, which cannot be changed to {dtype} afterwards; "
+            f"{source}: compiled in {engine.spec.dtype}, which cannot be changed to {dtype} afterwards; "
             f"compile the checkpoint again with --dtype {dtype}, or leave dtype out."
         )
-    return _Engine(spec, without_profiling(module), DTYPES[spec.dtype], target)
+    return engine
 
 
-def _native(model: nn.Module, device: torch.device, dtype: DTypeName | None) -> _Engine:
+def _native(model: nn.Module, device: torch.device, dtype: DTypeName | None) -> Engine:
     from compactmlip.models import cast, model_dtype, model_spec
 
     model = model.to(device).eval().requires_grad_(False)
     if dtype is not None:
         model = cast(model, DTYPES[dtype])
-    return _Engine(model_spec(model), model, model_dtype(model), device)
+    return Engine(model_spec(model), from_energies(model), model_dtype(model), device)
 
 
 @torch.inference_mode(False)

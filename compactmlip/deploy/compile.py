@@ -1,12 +1,13 @@
-"""Turn a native model into one TorchScript file that runs without compactmlip's model code."""
+"""Turn a native model into one file that runs without compactmlip's model code."""
 
 from __future__ import annotations
 
 import copy
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,24 +18,28 @@ from compactmlip import __version__
 from compactmlip.checkpoint import atomic_write, load, sha256
 from compactmlip.data.graph import GraphBatch
 from compactmlip.deploy.archive import (
-    DTYPES,
     ENTRY,
-    VERSIONS,
+    INPUTS,
+    SUFFIXES,
+    Accuracy,
     Backend,
     Deployment,
+    Precision,
     SelfCheck,
     inspect,
-    load_module,
     quiet_torchscript,
     to_json,
-    without_profiling,
 )
-from compactmlip.deploy.selfcheck import TOLERANCES, SelfChecker
+from compactmlip.deploy.engine import load_code
+from compactmlip.deploy.matmul import matmul_precision
+from compactmlip.deploy.package import this_machine
+from compactmlip.deploy.precision import in_precision, input_dtype
+from compactmlip.deploy.selfcheck import TOLERANCES, UNCHECKED, SelfChecker
 from compactmlip.errors import CheckpointError, InputError, KernelError, did_you_mean
 from compactmlip.kernels.build import VARIABLE, load as load_kernels, mode, without_kernels
 from compactmlip.models import cast, model_spec
-from compactmlip.models.linear import ScaledWeight
-from compactmlip.spec import DTypeName, ModelSpec
+from compactmlip.models.linear import ConstantWeight, ScaledWeight
+from compactmlip.spec import ModelSpec
 
 
 @dataclass(frozen=True)
@@ -46,16 +51,22 @@ class CompileReport:
     path
         The deployed file.
     spec
-        Of the deployed model; its dtype is that of the file.
+        Of the deployed model; its dtype is that of the edge vectors.
+    precision
+        How the file computes.
     self_check
-        Deviations from the float64 model.
+        Deviations from the float64 model, as the check sees them.
+    accuracy
+        Errors against the float64 model in units.
     num_bytes, sha256
         Size and digest of the file.
     """
 
     path: Path
     spec: ModelSpec
+    precision: Precision
     self_check: SelfCheck
+    accuracy: tuple[Accuracy, ...]
     num_bytes: int
     sha256: str
 
@@ -64,11 +75,13 @@ def compile_model(
     model: nn.Module | str | Path,
     output: str | Path,
     *,
-    dtype: DTypeName = "float32",
+    dtype: Precision = "float32",
     backend: Backend = "torch",
     check_structures: Sequence[Atoms] | None = None,
+    calibration: Sequence[Atoms] = (),
+    tf32: bool = False,
 ) -> CompileReport:
-    """Compile a model to TorchScript and check the file against the model.
+    """Compile a model to a file that runs without compactmlip's model code, and check the file.
 
     The file is written, loaded again and compared with the model in float64 on structures of different
     size and periodicity: energies, forces and stresses.  It appears only if they agree.
@@ -78,78 +91,100 @@ def compile_model(
     model
         A native model, which is not changed, or the path of a ``*.safetensors`` checkpoint.
     output
-        File to write, ``*.pt``; an existing file is replaced.
+        File to write, ``*.pt`` or, with backend "aoti", ``*.pt2``; an existing file is replaced.
     dtype
-        Precision of the file.  Energies are summed in float64 in any case.
+        Precision of the file, see :mod:`compactmlip.deploy.precision`.  Energies are summed in float64 in
+        any case.
     backend
         "torch" for a file that needs torch only; "kernels" for one that calls the compiled operators,
-        which is several times faster and runs on the CPU, where there is a C++ compiler.
+        which is several times faster and runs on the CPU, where there is a C++ compiler; "aoti" for
+        machine code that runs with this version of torch on processors like this one.
     check_structures
         Structures to check on; made from the model's species if None.
+    calibration
+        Structures (labels are not needed) on which the error against the float64 model is measured and
+        stored in the file, besides those of the check.
+    tf32
+        Allow products in TF32 on NVIDIA GPUs.  The check runs on the CPU and does not see what it costs.
 
     Raises
     ------
     SelfCheckError
         If the compiled model does not reproduce the model.  Nothing is written.
     KernelError
-        If the compiled operators are wanted and cannot be used here.
+        If the compiled operators are wanted and cannot be used here, or machine code cannot be made.
+    UnsupportedFeatureError
+        If the model cannot be exported to machine code, or has nothing that the precision applies to.
     CheckpointError
         If the checkpoint cannot be read or the output cannot be written.
     InputError, SpeciesError
         If an option or a structure cannot be used.
     """
     output = Path(output)
-    if output.suffix != ".pt":
-        raise CheckpointError(f"{output}: a compiled model is saved as *.pt; choose such a name.")
-    if dtype not in DTYPES:
-        raise InputError(f"unknown dtype '{dtype}'; known: {', '.join(DTYPES)}.{did_you_mean(dtype, DTYPES)}")
-    if backend not in VERSIONS:
-        hint = did_you_mean(backend, VERSIONS)
-        raise InputError(f"unknown backend '{backend}'; known: {', '.join(VERSIONS)}.{hint}")
+    _check_options(output, dtype, backend, tf32)
     source = None
     if not isinstance(model, nn.Module):
         source, model = Path(model), load(model)
     original = cast(copy.deepcopy(model).cpu().eval().requires_grad_(False), torch.float64)
     spec = _deployed_spec(original, dtype)
-    checker = SelfChecker(original, spec, check_structures)
-    with _operators(backend):
-        example = checker.largest_graph().to(dtype=DTYPES[dtype])
-        traced = trace(with_constants(original, DTYPES[dtype]), example)
-
-    def check(path: Path) -> SelfCheck:
-        compiled = without_profiling(load_module(path))
-        return checker.compare(compiled, DTYPES[dtype], TOLERANCES[dtype])
+    checker = SelfChecker(original, spec, check_structures, calibration)
+    code = _compiled(original, checker.largest_graph(), backend, dtype)
+    deployment = Deployment(
+        compactmlip_version=__version__,
+        torch_version=str(torch.__version__),
+        backend=backend,
+        precision=dtype,
+        tf32=tf32,
+        source_sha256=sha256(source) if source else None,
+        self_check=UNCHECKED,
+        binary=this_machine() if backend == "aoti" else None,
+    )
 
     def write(path: Path) -> None:
-        _save(traced, path)
-        deployment = Deployment(
-            format_version=VERSIONS[backend],
-            backend=backend,
-            compactmlip_version=__version__,
-            torch_version=str(torch.__version__),
-            source_sha256=sha256(source) if source else None,
-            self_check=check(path),
-        )
-        # The result is part of the file, so the file is written again, and checked again.
-        _save(traced, path, {ENTRY: to_json(spec, deployment)})
-        check(path)
+        code(path, {})
+        evaluate = load_code(path, spec, deployment)
+        check = checker.compare(evaluate, dtype, TOLERANCES[dtype])
+        found = {"self_check": check, "accuracy": checker.measure(evaluate, dtype)}
+        # The results are part of the file, so the file is written again, and checked again.
+        code(path, {ENTRY: to_json(spec, deployment.model_copy(update=found))})
+        checker.compare(load_code(path, spec, deployment), dtype, TOLERANCES[dtype])
 
     atomic_write(output, write)
-    deployed_spec, deployment = inspect(output)
-    return CompileReport(output, deployed_spec, deployment.self_check, output.stat().st_size, sha256(output))
+    deployed_spec, written = inspect(output)
+    return CompileReport(
+        output,
+        deployed_spec,
+        dtype,
+        written.self_check,
+        written.accuracy,
+        output.stat().st_size,
+        sha256(output),
+    )
 
 
-class _Constant(nn.Module):
-    """A weight that is its product with its frozen factor."""
+def prepared(original: nn.Module, backend: Backend, precision: Precision) -> nn.Module:
+    """Return the module that is compiled: same inputs and outputs as the original, nothing to train.
 
-    value: Tensor
+    ``original`` is a native model in float64 and is not changed.
+    """
+    return in_precision(with_constants(original), precision)
 
-    def __init__(self, value: Tensor) -> None:
-        super().__init__()
-        self.register_buffer("value", value)
 
-    def forward(self) -> Tensor:
-        return self.value
+def with_constants(model: nn.Module) -> nn.Module:
+    """Return a copy in float64 in which weights include their factors and nothing is a parameter.
+
+    As buffers the weights cannot be asked for a gradient, and follow the module to another device.
+    """
+    constant = cast(copy.deepcopy(model), torch.float64)
+    for parent in list(constant.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, ScaledWeight):
+                parent.register_module(name, ConstantWeight(child().detach()))
+    for module in constant.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            delattr(module, name)
+            module.register_buffer(name, parameter.detach())
+    return constant.eval()
 
 
 class _NodeEnergy(nn.Module):
@@ -164,24 +199,6 @@ class _NodeEnergy(nn.Module):
         return energy
 
 
-def with_constants(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """Return a copy in which weights include their factors and nothing is a parameter.
-
-    Products are formed in float64 and rounded to ``dtype`` once.  As buffers the weights cannot be
-    asked for a gradient, and follow the module to another device.
-    """
-    constant = cast(copy.deepcopy(model), torch.float64)
-    for parent in list(constant.modules()):
-        for name, child in list(parent.named_children()):
-            if isinstance(child, ScaledWeight):
-                parent.register_module(name, _Constant(child().detach()))
-    for module in constant.modules():
-        for name, parameter in list(module.named_parameters(recurse=False)):
-            delattr(module, name)
-            module.register_buffer(name, parameter.detach())
-    return cast(constant, dtype).eval()
-
-
 def trace(model: nn.Module, example: GraphBatch) -> torch.jit.ScriptModule:
     """Record the operations of a model; numbers of atoms and edges stay free."""
     inputs = (example.species, example.centers, example.neighbors, example.vectors)
@@ -192,9 +209,43 @@ def trace(model: nn.Module, example: GraphBatch) -> torch.jit.ScriptModule:
     return traced
 
 
+Code = Callable[[Path, dict[str, str]], None]
+"""Writes compiled code to a file, with further entries."""
+
+
+def _compiled(original: nn.Module, example: GraphBatch, backend: Backend, precision: Precision) -> Code:
+    with _operators(backend), matmul_precision():
+        module = prepared(original, backend, precision)
+        example = example.to(dtype=input_dtype(precision))
+        if backend != "aoti":
+            return partial(_save, trace(module, example))
+        from compactmlip.deploy.aoti import compile_package, write_package
+
+        return partial(write_package, compile_package(module, example))
+
+
+def _check_options(output: Path, precision: Precision, backend: Backend, tf32: bool) -> None:
+    if backend not in SUFFIXES:
+        hint = did_you_mean(backend, SUFFIXES)
+        raise InputError(f"unknown backend '{backend}'; known: {', '.join(SUFFIXES)}.{hint}")
+    suffix = SUFFIXES[backend]
+    if output.suffix != suffix:
+        raise CheckpointError(
+            f"{output}: a model compiled with --backend {backend} is saved as *{suffix}; choose such a name."
+        )
+    if precision not in INPUTS:
+        hint = did_you_mean(precision, INPUTS)
+        raise InputError(f"unknown dtype '{precision}'; known: {', '.join(INPUTS)}.{hint}")
+    if tf32 and (backend != "torch" or precision == "float64"):
+        raise InputError(
+            "--tf32 is for files that run in float32 on NVIDIA GPUs: use it with --backend torch and "
+            "without --dtype float64."
+        )
+
+
 def _operators(backend: Backend) -> AbstractContextManager[None]:
     """Where a model's operations are those of the backend."""
-    if backend == "torch":
+    if backend != "kernels":
         return without_kernels()
     if not load_kernels():
         raise KernelError(
@@ -212,7 +263,7 @@ def _save(traced: torch.jit.ScriptModule, path: Path, entries: dict[str, str] | 
     path.write_bytes(buffer.getvalue())
 
 
-def _deployed_spec(model: nn.Module, dtype: DTypeName) -> ModelSpec:
+def _deployed_spec(model: nn.Module, precision: Precision) -> ModelSpec:
     spec = model_spec(model)
-    provenance = spec.provenance.then("compile", dtype=dtype)
-    return spec.model_copy(update={"dtype": dtype, "provenance": provenance})
+    provenance = spec.provenance.then("compile", dtype=precision)
+    return spec.model_copy(update={"dtype": INPUTS[precision], "provenance": provenance})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +38,13 @@ class Edges:
     basis: Tensor
     harmonics: Tensor
     envelope: Tensor | None = None
+
+    def to(self, dtype: torch.dtype) -> Edges:
+        """Return a copy in another precision."""
+        envelope = None if self.envelope is None else self.envelope.to(dtype)
+        return replace(
+            self, basis=self.basis.to(dtype), harmonics=self.harmonics.to(dtype), envelope=envelope
+        )
 
 
 def group_by_input(paths: Sequence[Path]) -> dict[int, list[Path]]:

@@ -47,7 +47,30 @@ def normalised_silu(x: Tensor) -> Tensor:
     return functional.silu(x) * SILU_GAIN
 
 
-class ScaledWeight(nn.Module):
+def multiply(x: Tensor, weight: Tensor, precision: str | None) -> Tensor:
+    """Return ``x @ weight``: every product of features with a dense weight goes through here.
+
+    With precision "bf16" both operands are rounded to bfloat16; products are summed in, and the result
+    has, the precision of ``x``.  With "float64" operands and result are float64.  None changes nothing.
+    """
+    if precision == "bf16":
+        return x.to(torch.bfloat16).to(x.dtype) @ weight.to(torch.bfloat16).to(x.dtype)
+    if precision == "float64":
+        return x.to(torch.float64) @ weight.to(torch.float64)
+    return x @ weight
+
+
+class Weight(nn.Module):
+    """A weight; ``precision`` is that of products with it, see :func:`multiply`."""
+
+    precision: str | None = None
+
+    def product(self, x: Tensor) -> Tensor:
+        """Return ``x`` (..., in) times a weight (in, out)."""
+        return multiply(x, self(), self.precision)
+
+
+class ScaledWeight(Weight):
     """A weight of any shape with its frozen factor."""
 
     scale: Tensor
@@ -62,12 +85,30 @@ class ScaledWeight(nn.Module):
         return self.weight * self.scale
 
 
+class ConstantWeight(Weight):
+    """A weight that is its product with its frozen factor, and not trained."""
+
+    value: Tensor
+
+    def __init__(self, value: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("value", value)
+
+    def forward(self) -> Tensor:
+        """Return the weight."""
+        return self.value
+
+
 class EquivariantLinear(nn.Module):
     """Linear map within each order l: ``y[l] = x[l] @ W[l]``, optional bias on l = 0.
 
     Features are lists indexed by l of tensors (n_nodes, 2l+1, channels) or None where an order has no
-    channels.  With ``num_species`` each species has its own weights, shape (species, in, out).
+    channels.  With ``num_species`` each species has its own weights, shape (species, in, out); with
+    ``static_shapes`` no operation then has a shape that depends on how often a species occurs, which a
+    compiler may need.
     """
+
+    static_shapes = False
 
     def __init__(
         self,
@@ -101,11 +142,15 @@ class EquivariantLinear(nn.Module):
             if key not in self.orders or features is None:
                 out.append(None)
                 continue
-            weight = self.orders[key]()
-            if self.per_species:
-                out.append(_per_species(features, weight, species))
-            else:
-                out.append(features @ weight)
+            block = self.orders[key]
+            assert isinstance(block, Weight)
+            if not self.per_species:
+                out.append(block.product(features))
+                continue
+            if species is None:
+                raise ValueError("weights per species need the species index of each node")
+            apply = _per_species_static if self.static_shapes else _per_species
+            out.append(apply(features, block(), species, block.precision))
         if self.bias is not None:
             if out[0] is None:
                 raise ValueError("a bias needs scalar input channels")
@@ -113,15 +158,30 @@ class EquivariantLinear(nn.Module):
         return out
 
 
-def _per_species(features: Tensor, weight: Tensor, species: Tensor | None) -> Tensor:
+def _per_species(features: Tensor, weight: Tensor, species: Tensor, precision: str | None) -> Tensor:
     """Multiply each node by its species' matrix, one matmul per species."""
-    if species is None:
-        raise ValueError("weights per species need the species index of each node")
-    out = features.new_zeros((features.shape[0], features.shape[1], weight.shape[-1]))
+    dtype = torch.float64 if precision == "float64" else features.dtype
+    out = features.new_zeros((features.shape[0], features.shape[1], weight.shape[-1]), dtype=dtype)
     everything = range(weight.shape[0])
     for s in everything if torch.jit.is_tracing() else torch.unique(species).tolist():
         chosen = torch.nonzero(species == s).squeeze(-1)
-        out = out.index_add(0, chosen, features.index_select(0, chosen) @ weight[s])
+        part = multiply(features.index_select(0, chosen), weight[s], precision)
+        out = out.index_add(0, chosen, part)
+    return out
+
+
+MANY_SPECIES = 16
+"""From here on it is faster to gather a matrix for each node than to multiply all nodes by every matrix."""
+
+
+def _per_species_static(features: Tensor, weight: Tensor, species: Tensor, precision: str | None) -> Tensor:
+    """:func:`_per_species` with operations on all nodes only; it does more work."""
+    if weight.shape[0] >= MANY_SPECIES:
+        return multiply(features, weight.index_select(0, species), precision)
+    mine = [(species == s).to(features.dtype)[:, None, None] for s in range(weight.shape[0])]
+    out = multiply(features * mine[0], weight[0], precision)
+    for s in range(1, weight.shape[0]):
+        out = out + multiply(features * mine[s], weight[s], precision)
     return out
 
 
@@ -136,8 +196,7 @@ class RadialMLP(nn.Module):
 
     def forward(self, basis: Tensor, tap: Tap | None = None, space: str = "") -> Tensor:
         """Return (E, sizes[-1]); ``tap`` may watch or change the hidden units."""
-        out: Tensor = self._hidden(basis, tap, space) @ self.layers[-1]()
-        return out
+        return self._last().product(self._hidden(basis, tap, space))
 
     def pieces(
         self, basis: Tensor, sizes: Sequence[int], tap: Tap | None = None, space: str = ""
@@ -146,19 +205,30 @@ class RadialMLP(nn.Module):
 
         The weights are split, not the output: the gradient of that is small, with no size of the edges.
         """
-        hidden = self._hidden(basis, tap, space)
-        return [hidden @ weight for weight in self.layers[-1]().split(list(sizes), dim=1)]
+        hidden, last = self._hidden(basis, tap, space), self._last()
+        return [multiply(hidden, w, last.precision) for w in last().split(list(sizes), dim=1)]
+
+    def _last(self) -> Weight:
+        last = self.layers[-1]
+        assert isinstance(last, Weight)
+        return last
 
     def _hidden(self, basis: Tensor, tap: Tap | None, space: str) -> Tensor:
         x = basis
         for k, layer in enumerate(self.layers):
+            assert isinstance(layer, Weight)
             if k < len(self.layers) - 1:
-                x = apply_tap(tap, f"{space}.{k}", 0, normalised_silu(x @ layer()))
+                x = apply_tap(tap, f"{space}.{k}", 0, normalised_silu(layer.product(x)))
         return x
 
 
 class NormedMLP(nn.Module):
-    """Network of biased linear layers with layer normalisation and plain SiLU between them."""
+    """Network of biased linear layers with layer normalisation and plain SiLU between them.
+
+    ``precision`` is that of the products; see :func:`multiply`.
+    """
+
+    precision: str | None = None
 
     def __init__(self, sizes: Sequence[int]) -> None:
         super().__init__()
@@ -170,12 +240,18 @@ class NormedMLP(nn.Module):
     def forward(self, x: Tensor, tap: Tap | None = None, space: str = "") -> Tensor:
         """Return (E, sizes[-1]); hidden units are normalised together, so none can be cut alone."""
         for layer, norm in zip(self.layers, self.norms, strict=False):
-            x = functional.silu(norm(layer(x)))
-        result: Tensor = self.layers[-1](x)
-        return result
+            x = functional.silu(norm(self._linear(x, layer)))
+        return self._linear(x, self.layers[-1])
 
     def pieces(
         self, x: Tensor, sizes: Sequence[int], tap: Tap | None = None, space: str = ""
     ) -> list[Tensor]:
         """Output in groups of columns."""
         return list(self(x, tap, space).split(list(sizes), dim=1))
+
+    def _linear(self, x: Tensor, layer: nn.Module) -> Tensor:
+        if self.precision is None:
+            result: Tensor = layer(x)
+            return result
+        assert isinstance(layer, nn.Linear)
+        return multiply(x, layer.weight.mT, self.precision).to(x.dtype) + layer.bias

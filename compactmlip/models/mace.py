@@ -25,6 +25,7 @@ from compactmlip.models.linear import (
     RadialMLP,
     ScaledWeight,
     Tap,
+    Weight,
     add_features,
     apply_tap,
     normalised_silu,
@@ -158,7 +159,8 @@ class Readout(nn.Module):
         for k, layer in enumerate(self.maps):
             if k:
                 x = apply_tap(tap, f"{self.space}.{k - 1}", 0, normalised_silu(x))
-            x = x @ layer()
+            assert isinstance(layer, Weight)
+            x = layer.product(x)
             if k and len(self.biases):
                 x = x + self.biases[k - 1]
         return x.flatten()
@@ -229,11 +231,13 @@ class MACE(nn.Module):
     Notes
     -----
     Features are lists over orders l of tensors (n_nodes, 2l+1, channels), None where there are no
-    channels.  Parameters and buffers are float64 until :func:`compactmlip.models.cast`.
+    channels.  Parameters and buffers are float64 until :func:`compactmlip.models.cast`.  With
+    ``wide_geometry`` all that is made from distances and directions alone is computed in float64.
     """
 
     energy_scale: Tensor
     energy_shift: Tensor
+    wide_geometry = False
 
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
@@ -263,18 +267,23 @@ class MACE(nn.Module):
 
     def edge_features(self, species: Tensor, centers: Tensor, neighbors: Tensor, vectors: Tensor) -> Edges:
         """Radial basis and spherical harmonics of the edges."""
+        dtype, vectors = vectors.dtype, self._wide(vectors)
         lengths = torch.linalg.vector_norm(vectors, dim=-1)
         ends = species.index_select(0, centers), species.index_select(0, neighbors)
         basis, envelope = self.radial(lengths, *ends)
-        return Edges(centers, neighbors, basis, self.harmonics(vectors, lengths), envelope)
+        edges = Edges(centers, neighbors, basis, self.harmonics(vectors, lengths), envelope)
+        return edges.to(dtype) if self.wide_geometry else edges
 
     def pair_energy(self, species: Tensor, centers: Tensor, neighbors: Tensor, vectors: Tensor) -> Tensor:
         """Repulsion of each atom, (n_nodes,) in units of the energy scale; zero if there is none."""
         if self.repulsion is None:
             return vectors.new_zeros(species.shape[0])
-        lengths = torch.linalg.vector_norm(vectors, dim=-1)
+        lengths = torch.linalg.vector_norm(self._wide(vectors), dim=-1)
         energy: Tensor = self.repulsion(lengths, species, centers, neighbors)
         return energy
+
+    def _wide(self, vectors: Tensor) -> Tensor:
+        return vectors.to(torch.float64) if self.wide_geometry else vectors
 
     def scaled(self, energy: Tensor, species: Tensor) -> Tensor:
         """Apply scale and shift per species; float64, eV."""

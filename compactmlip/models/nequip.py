@@ -132,11 +132,13 @@ class NequIP(nn.Module):
     Notes
     -----
     Features are lists over orders l of tensors (n_nodes, 2l+1, channels), None where there are no
-    channels.  Parameters and buffers are float64 until :func:`compactmlip.models.cast`.
+    channels.  Parameters and buffers are float64 until :func:`compactmlip.models.cast`.  With
+    ``wide_geometry`` all that is made from distances and directions alone is computed in float64.
     """
 
     energy_scale: Tensor
     energy_shift: Tensor
+    wide_geometry = False
 
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
@@ -160,15 +162,19 @@ class NequIP(nn.Module):
 
     def edge_features(self, centers: Tensor, neighbors: Tensor, vectors: Tensor) -> Edges:
         """Radial basis and spherical harmonics of the edges."""
+        dtype = vectors.dtype
+        if self.wide_geometry:
+            vectors = vectors.to(torch.float64)
         lengths = torch.linalg.vector_norm(vectors, dim=-1)
-        return Edges(centers, neighbors, self.basis(lengths), self.harmonics(vectors, lengths))
+        edges = Edges(centers, neighbors, self.basis(lengths), self.harmonics(vectors, lengths))
+        return edges.to(dtype) if self.wide_geometry else edges
 
     def read_energy(self, x: Features, species: Tensor, tap: Tap | None = None) -> Tensor:
         """Energy of each node in eV (float64), shape (n_nodes,)."""
         hidden = self.readout_hidden(x[:1])[0]
         assert hidden is not None
         hidden = apply_tap(tap, "readout.hidden", 0, hidden)
-        energy = (hidden @ self.readout()).flatten().to(torch.float64)
+        energy = self.readout.product(hidden).flatten().to(torch.float64)
         scale, shift = self.energy_scale.index_select(0, species), self.energy_shift.index_select(0, species)
         return energy * scale + shift
 

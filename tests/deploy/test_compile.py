@@ -22,6 +22,7 @@ from compactmlip.data.graph import Derivatives, build_graph, collate, energy_and
 from compactmlip.deploy import compile as compiler
 from compactmlip.deploy.archive import ENTRY, inspect, load_deployed, without_profiling
 from compactmlip.deploy.compile import compile_model
+from compactmlip.deploy.engine import from_energies
 from compactmlip.deploy.selfcheck import TOLERANCES, random_structures
 from compactmlip.errors import CheckpointError, InputError, SelfCheckError, SpeciesError
 from compactmlip.models import cast
@@ -100,7 +101,7 @@ def test_description(deployed: Path, small_spec: ModelSpec) -> None:
     plain = json.loads(entries[ENTRY])
     assert plain["species"] == list(small_spec.species)
     assert plain["units"] == {"energy": "eV", "length": "Angstrom"}
-    assert plain["deployed"]["format_version"] == 1
+    assert plain["deployed"]["format_version"] == 3
 
 
 def test_report_and_source(small_model: nn.Module, tmp_path: Path) -> None:
@@ -211,8 +212,8 @@ def test_changed_weight_is_refused(
 ) -> None:
     real = compiler.with_constants
 
-    def perturbed(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-        constant = real(model, dtype)
+    def perturbed(model: nn.Module) -> nn.Module:
+        constant = real(model)
         constant.get_buffer("layers.0.up.orders.0.value")[0, 0] += 1e-7
         return constant
 
@@ -288,7 +289,7 @@ def test_rewritten_copy_loads(deployed: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda d: d["deployed"].update(format_version=3), "Upgrade"),
+        (lambda d: d["deployed"].update(format_version=4), "Upgrade"),
         (lambda d: d.update(format_version=99), "Upgrade"),
         (lambda d: d.pop("deployed"), "description is damaged"),
         (lambda d: d["deployed"].pop("self_check"), "self_check"),
@@ -361,6 +362,6 @@ def test_float32_tolerances_see_reduced_precision(small_model: nn.Module, tmp_pa
             parameter.copy_(parameter.bfloat16())
     checker = compiler.SelfChecker(small_model, small_model.spec)  # type: ignore[arg-type]
     with pytest.raises(SelfCheckError, match="float32"):
-        checker.compare(coarse, torch.float32, TOLERANCES["float32"])
+        checker.compare(from_energies(coarse), "float32", TOLERANCES["float32"])
     exact = cast(copy.deepcopy(small_model), torch.float32)
-    checker.compare(exact, torch.float32, TOLERANCES["float32"])  # type: ignore[arg-type]
+    checker.compare(from_energies(exact), "float32", TOLERANCES["float32"])  # type: ignore[arg-type]

@@ -98,7 +98,7 @@ def test_deployed_file(
     assert ["compactmlip::" in text for text in operators] == [False, True]
     deployments = [inspect(p)[1] for p in (plain, deployed_with_kernels)]
     assert [d.backend for d in deployments] == ["torch", "kernels"]
-    assert [d.format_version for d in deployments] == [1, 2]
+    assert [d.format_version for d in deployments] == [3, 3]
     assert "needs compiled kernels" in describe(deployed_with_kernels)["file"]
     forces = []
     for path in (plain, deployed_with_kernels):

@@ -1,0 +1,54 @@
+"""Commands that make deployed files and compiled operators; see :mod:`compactmlip.cli`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from compactmlip.cli_types import TF32, AsJSON, Backend, MeasuredOn, Output, Precision, print_result
+
+
+def compile_(
+    model: Annotated[Path, typer.Argument(help="Checkpoint (*.safetensors).")],
+    output: Output = None,
+    dtype: Precision = "float32",
+    backend: Backend = "torch",
+    calibration: MeasuredOn = None,
+    tf32: TF32 = False,
+    as_json: AsJSON = False,
+) -> None:
+    """Write the deployed file that the ASE calculator loads."""
+    from compactmlip.data.read import read_structures
+    from compactmlip.deploy.archive import SUFFIXES
+    from compactmlip.deploy.compile import compile_model
+    from compactmlip.info import accuracy_text
+
+    path = output or model.with_suffix(SUFFIXES.get(backend, ".pt"))  # type: ignore[call-overload]
+    report = compile_model(
+        model,
+        path,
+        dtype=dtype,  # type: ignore[arg-type]
+        backend=backend,  # type: ignore[arg-type]
+        calibration=read_structures(calibration) if calibration else (),
+        tf32=tf32,
+    )
+    lines = [f"wrote {path} ({dtype}, {report.num_bytes / 1e6:.2f} MB); errors against float64:"]
+    text = "\n  ".join([*lines, *(accuracy_text(a) for a in report.accuracy)])
+    accuracy = [a.model_dump() for a in report.accuracy]
+    print_result(as_json, text, output=path, dtype=dtype, backend=backend, accuracy=accuracy)
+
+
+def build(
+    force: Annotated[bool, typer.Option("--force", help="Build even if there is a library already.")] = False,
+    as_json: AsJSON = False,
+) -> None:
+    """Compile the fast operators for this machine; the first run of a model does so by itself."""
+    from compactmlip.kernels.build import build as run, check
+
+    report = run(force=force)
+    check(report)
+    done = f"built in {report.seconds:.0f} s" if report.built else "already there"
+    text = f"{report.path}: {done}, {report.compiler}, {report.flags}"
+    print_result(as_json, text, **vars(report))

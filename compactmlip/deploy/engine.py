@@ -1,0 +1,103 @@
+"""Energies, forces and stresses from a deployed file, whichever kind it is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from compactmlip.data.graph import Derivatives, GraphBatch, derivatives, energy_and_derivatives
+from compactmlip.deploy.archive import (
+    DTYPES,
+    Deployment,
+    NodeEnergy,
+    check_content,
+    inspect,
+    load_deployed,
+    load_module,
+    usable_device,
+    without_profiling,
+)
+from compactmlip.deploy.matmul import matmul_precision
+from compactmlip.deploy.package import PackagedModel, check_runs_here
+from compactmlip.spec import ModelSpec
+
+Evaluate = Callable[[GraphBatch], Derivatives]
+"""From structures to energies, forces and stresses; edge vectors are in the engine's dtype."""
+
+
+@dataclass(frozen=True)
+class Engine:
+    """A model that is ready to run.
+
+    Attributes
+    ----------
+    spec
+        Of the model.
+    evaluate
+        What computes.
+    dtype, device
+        Of the edge vectors that it takes, and where it wants its inputs.
+    deployment
+        What the file says about itself; None of a model in memory.
+    """
+
+    spec: ModelSpec
+    evaluate: Evaluate
+    dtype: torch.dtype
+    device: torch.device
+    deployment: Deployment | None = None
+
+
+def load_engine(path: str | Path, device: torch.device | str = "cpu") -> Engine:
+    """Load a deployed file.
+
+    Raises
+    ------
+    CheckpointError
+        As :func:`compactmlip.deploy.archive.inspect`, and if this torch or processor cannot run the file.
+    KernelError
+        If the file needs compiled operators and they cannot be built here.
+    InputError
+        If the device does not exist, or the file cannot run on it.
+    """
+    path = Path(path)
+    spec, deployment = inspect(path)
+    target = usable_device(device)
+    if deployment.backend == "aoti":
+        check_runs_here(path, deployment, target)
+        check_content(path)
+        evaluate = from_package(PackagedModel(path, spec.cutoff))
+    else:
+        module, _ = load_deployed(path, target)
+        evaluate = from_energies(without_profiling(module), tf32=deployment.tf32 and target.type == "cuda")
+    return Engine(spec, evaluate, DTYPES[spec.dtype], target, deployment)
+
+
+def load_code(path: Path, spec: ModelSpec, deployment: Deployment) -> Evaluate:
+    """Load the code of a file on the CPU, whatever the file itself says."""
+    if deployment.backend == "aoti":
+        return from_package(PackagedModel(path, spec.cutoff))
+    return from_energies(without_profiling(load_module(path)))
+
+
+def from_energies(node_energy: NodeEnergy, *, tf32: bool = False) -> Evaluate:
+    """Derivatives by automatic differentiation; products in TF32 only if ``tf32``."""
+
+    def evaluate(batch: GraphBatch) -> Derivatives:
+        with matmul_precision(tf32=tf32):
+            return energy_and_derivatives(node_energy, batch)
+
+    return evaluate
+
+
+def from_package(model: PackagedModel) -> Evaluate:
+    """Derivatives from the gradient that the code returns."""
+
+    def evaluate(batch: GraphBatch) -> Derivatives:
+        with matmul_precision():
+            return derivatives(batch, *model(batch))
+
+    return evaluate
