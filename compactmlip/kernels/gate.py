@@ -44,10 +44,8 @@ def gate(x: Sequence[Tensor | None], out: Sequence[int], *, sigmoid: bool = Fals
         return gate_reference(x, out, normalised_sigmoid if sigmoid else normalised_silu)
     # The reference passes over orders without features and over scalars that nothing reads.
     needed = out[0] + sum(out[l] for l in present)
-    if scalars.shape[-1] != needed:
-        scalars = scalars[..., :needed]
     gain = SIGMOID_GAIN if sigmoid else SILU_GAIN
-    values = torch.ops.compactmlip.gate(scalars, features, out[0], sigmoid, SILU_GAIN, gain)
+    values = torch.ops.compactmlip.gate(scalars[..., :needed], features, out[0], sigmoid, SILU_GAIN, gain)
     result: list[Tensor | None] = [None] * len(out)
     result[0] = values[0] if out[0] else None
     for l, value in zip(present, values[1:], strict=True):
