@@ -137,53 +137,69 @@ struct Gate {
   }
 };
 
+// Calls work(channel, count); count is known to the compiler but for the last channels.
 template <class T, class Work>
-void each_vector(int64_t channels, const Work& work) {
-  for (int64_t c = 0; c < channels; c += kLanes<T>) work(c, std::min(kLanes<T>, channels - c));
+inline __attribute__((always_inline)) void each_vector(int64_t channels, const Work& work) {
+  const int64_t whole = channels / kLanes<T> * kLanes<T>;
+  for (int64_t c = 0; c < whole; c += kLanes<T>) work(c, std::integral_constant<int64_t, kLanes<T>>());
+  if (whole < channels) work(whole, channels - whole);
 }
 
 template <class T>
-void gate_atom(const Gate& g, const typename Rows<T>::Part& z, const Rows<T>& x, const Rows<T>& out, int64_t i) {
+void gate_atom(const Gate& g, const typename Rows<T>::Part& z, const Rows<T>& x, const Rows<T>& out,
+               int64_t i) {
   const T* scalars = z.row(i, 0);
   T* first = out.parts[0].row(i, 0);
-  each_vector<T>(g.kept, [&](int64_t c, int64_t n) {
-    store_some(first + c, activate<T>(load_some(scalars + c, n), false, T(g.scalar_gain)).value, n);
+  const T scalar_gain = T(g.scalar_gain), gate_gain = T(g.gate_gain);
+  const bool sigmoid = g.sigmoid;
+  each_vector<T>(g.kept, [=](int64_t c, auto n) {
+    store_some(first + c, activate<T>(load_some(scalars + c, n), false, scalar_gain).value, n);
   });
-  int64_t start = g.kept;
+  scalars += g.kept;
   for (size_t k = 0; k < x.parts.size(); ++k) {
-    const int64_t channels = g.features[k].size(2), rows = x.parts[k].rows;
-    each_vector<T>(channels, [&](int64_t c, int64_t n) {
-      const Vec<T> a = activate<T>(load_some(scalars + start + c, n), g.sigmoid, T(g.gate_gain)).value;
-      for (int64_t m = 0; m < rows; ++m)
-        store_some(out.parts[k + 1].row(i, m) + c, a * load_some(x.parts[k].row(i, m) + c, n), n);
+    // Copies, so that no store can change them in the compiler's eyes.
+    const auto from = x.parts[k], to = out.parts[k + 1];
+    const int64_t channels = g.features[k].size(2);
+    each_vector<T>(channels, [=](int64_t c, auto n) {
+      const Vec<T> a = activate<T>(load_some(scalars + c, n), sigmoid, gate_gain).value;
+      const T* read = from.row(i, 0) + c;
+      T* write = to.row(i, 0) + c;
+      for (int64_t m = 0; m < from.rows; ++m, read += from.row_stride, write += to.row_stride)
+        store_some(write, a * load_some(read, n), n);
     });
-    start += channels;
+    scalars += channels;
   }
 }
 
 template <class T>
-void gate_backward_atom(const Gate& g, const typename Rows<T>::Part& z, const Rows<T>& x, const Rows<T>& grad,
-                        const Rows<T>& out, int64_t i) {
+void gate_backward_atom(const Gate& g, const typename Rows<T>::Part& z, const Rows<T>& x,
+                        const Rows<T>& grad, const Rows<T>& out, int64_t i) {
   const T *scalars = z.row(i, 0), *first = grad.parts[0].row(i, 0);
-  T* to = out.parts[0].row(i, 0);
-  each_vector<T>(g.kept, [&](int64_t c, int64_t n) {
-    const Vec<T> slope = activate<T>(load_some(scalars + c, n), false, T(g.scalar_gain)).slope;
-    store_some(to + c, slope * load_some(first + c, n), n);
+  T* slopes = out.parts[0].row(i, 0);
+  const T scalar_gain = T(g.scalar_gain), gate_gain = T(g.gate_gain);
+  const bool sigmoid = g.sigmoid;
+  each_vector<T>(g.kept, [=](int64_t c, auto n) {
+    const Vec<T> slope = activate<T>(load_some(scalars + c, n), false, scalar_gain).slope;
+    store_some(slopes + c, slope * load_some(first + c, n), n);
   });
-  int64_t start = g.kept;
+  scalars += g.kept, slopes += g.kept;
   for (size_t k = 0; k < x.parts.size(); ++k) {
-    const int64_t channels = g.features[k].size(2), rows = x.parts[k].rows;
-    each_vector<T>(channels, [&](int64_t c, int64_t n) {
-      const auto a = activate<T>(load_some(scalars + start + c, n), g.sigmoid, T(g.gate_gain));
+    const auto features = x.parts[k], from = grad.parts[k + 1], to = out.parts[k + 1];
+    const int64_t channels = g.features[k].size(2);
+    each_vector<T>(channels, [=](int64_t c, auto n) {
+      const auto a = activate<T>(load_some(scalars + c, n), sigmoid, gate_gain);
+      const T *feature = features.row(i, 0) + c, *read = from.row(i, 0) + c;
+      T* write = to.row(i, 0) + c;
       Vec<T> total{};
-      for (int64_t m = 0; m < rows; ++m) {
-        const Vec<T> from = load_some(grad.parts[k + 1].row(i, m) + c, n);
-        total += from * load_some(x.parts[k].row(i, m) + c, n);
-        store_some(out.parts[k + 1].row(i, m) + c, a.value * from, n);
+      for (int64_t m = 0; m < features.rows; ++m) {
+        const Vec<T> y = load_some(read, n);
+        total += y * load_some(feature, n);
+        store_some(write, a.value * y, n);
+        feature += features.row_stride, read += from.row_stride, write += to.row_stride;
       }
-      store_some(to + start + c, a.slope * total, n);
+      store_some(slopes + c, a.slope * total, n);
     });
-    start += channels;
+    scalars += channels, slopes += channels;
   }
 }
 
