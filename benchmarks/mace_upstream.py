@@ -20,12 +20,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from ase import Atoms
 from ase.build import bulk, molecule
 from common import header, parser, report, table
 from torch import nn
+from upstream import mace_batch, mace_model
 
 from compactmlip.compress.apply import keep_species
 from compactmlip.data.graph import build_graph, energy_and_derivatives
@@ -41,38 +41,6 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 
 
-def upstream_model(hidden_irreps: str, num_bessel: int = 10, density: bool = False) -> nn.Module:
-    """One of mace-torch's models with random weights."""
-    from e3nn import o3
-    from mace import modules
-
-    kind = "RealAgnosticDensity{}InteractionBlock" if density else "RealAgnosticResidualInteractionBlock"
-    torch.manual_seed(0)
-    return modules.ScaleShiftMACE(
-        r_max=6.0,
-        num_bessel=num_bessel,
-        num_polynomial_cutoff=5,
-        max_ell=3,
-        interaction_cls=modules.interaction_classes[kind.format("Residual")],
-        interaction_cls_first=modules.interaction_classes[kind.format("")],
-        num_interactions=2,
-        num_elements=89,
-        hidden_irreps=o3.Irreps(hidden_irreps),
-        MLP_irreps=o3.Irreps("16x0e"),
-        atomic_energies=np.zeros(89),
-        avg_num_neighbors=62.0,
-        atomic_numbers=list(range(1, 90)),
-        correlation=3,
-        gate=torch.nn.functional.silu,
-        radial_MLP=[64, 64, 64],
-        atomic_inter_scale=0.8,
-        atomic_inter_shift=0.2,
-        use_reduced_cg=False,
-        distance_transform="Agnesi" if density else "None",
-        pair_repulsion=density,
-    )
-
-
 def structures() -> dict[str, Atoms]:
     silicon = bulk("Si", "diamond", a=5.43, cubic=True) * (2, 2, 1)
     water = molecule("H2O")
@@ -82,18 +50,6 @@ def structures() -> dict[str, Atoms]:
     for atoms in (silicon, water):
         atoms.rattle(0.05, seed=0)
     return {"Si": silicon, "H2O": water}
-
-
-def upstream_batch(model: Any, atoms: Atoms) -> dict[str, Any]:
-    from mace import data
-    from mace.tools import torch_geometric, utils
-
-    numbers = utils.AtomicNumberTable([int(z) for z in model.atomic_numbers])
-    one = data.AtomicData.from_config(
-        data.config_from_atoms(atoms), z_table=numbers, cutoff=float(model.r_max)
-    )
-    loader = torch_geometric.dataloader.DataLoader([one], batch_size=1, shuffle=False)
-    return dict(next(iter(loader)).to_dict())
 
 
 def medians(runs: Sequence[Callable[[], object]], repeats: int) -> list[float]:
@@ -109,7 +65,7 @@ def medians(runs: Sequence[Callable[[], object]], repeats: int) -> list[float]:
 
 def speed(upstream: Any, ours: nn.Module, atoms: Atoms, repeats: int) -> tuple[list[float], float]:
     """Seconds of E+F and of a training step, upstream and ours, and the largest difference of forces."""
-    batch = upstream_batch(upstream, atoms)
+    batch = mace_batch(upstream, atoms)
     small = keep_species(ours, atoms.get_chemical_symbols())
     graph = build_graph(atoms, model_spec(small), torch.float32)
 
@@ -138,8 +94,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for name, settings in MODELS.items():
             path = Path(folder) / "random.model"
-            made = medians([lambda s=settings: upstream_model(**s)], 1)[0]
-            torch.save(upstream_model(**settings), path)
+            made = medians([lambda s=settings: mace_model(**s)], 1)[0]
+            torch.save(mace_model(**settings), path)
             load, ours_load = medians(
                 [lambda p=path: torch.load(p, weights_only=False), lambda p=path: load_model(p)], 3
             )

@@ -43,6 +43,10 @@ class KernelError(CompactMLIPError):
     """The compiled operators cannot be built or loaded on this machine."""
 
 
+class LoweringError(CompactMLIPError):
+    """A model cannot be brought into the form that compiled operators run."""
+
+
 class SelfCheckError(CompactMLIPError):
     """An exported model does not reproduce the model it was made from."""
 

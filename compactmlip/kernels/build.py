@@ -3,6 +3,7 @@
 All ``*.cpp`` files of this folder are compiled into one library (headers ``*.h`` beside them).  Each
 registers its operators in the namespace of ``torch.ops.compactmlip`` with
 ``TORCH_LIBRARY_FRAGMENT(compactmlip, m)``: a FRAGMENT, because several files share the namespace.
+One header is generated before (``contraction_source.py``).
 
 What other modules use:
 
@@ -64,6 +65,14 @@ MODES = ("auto", "build", "off")
 LIBRARY = "libcompactmlip_kernels.so"
 NOTE = "build.json"
 FAILED = "failed.txt"
+GENERATED = "contraction_folded.cpp"
+"""The file that includes a header which is made here, by these modules:"""
+GENERATORS = (
+    "kernels/contraction_program.py",
+    "kernels/contraction_source.py",
+    "models/angular.py",
+    "models/products.py",
+)
 KEPT = 16
 """Libraries that are kept in the cache: one per torch, compiler, processor and version of the sources."""
 
@@ -254,12 +263,13 @@ def _make(compiler: Compiler, folder: Path, announce: bool) -> BuildReport:
     try:
         library = temporary / LIBRARY
         try:
+            _generate(temporary)
             flags = compile_library(compiler, sources(), library)
         except KernelError as error:
             (temporary / FAILED).write_text(str(error))
             _replace(temporary, folder)
             raise
-        for made in temporary.glob("*.o"):
+        for made in (*temporary.glob("*.o"), *temporary.glob("*.h")):
             made.unlink()
         note = {
             "sha256": _sha256(library),
@@ -278,6 +288,14 @@ def _make(compiler: Compiler, folder: Path, announce: bool) -> BuildReport:
     if report is None:
         raise KernelError(f"{folder} was damaged while it was written; try again")
     return BuildReport(report.path, True, report.compiler, report.flags, report.seconds)
+
+
+def _generate(folder: Path) -> None:
+    """Write the header of the programs beside the objects; a second or two, so only where it is needed."""
+    if any(path.name == GENERATED for path in sources()):
+        from compactmlip.kernels.contraction_source import HEADER, programs_source
+
+        (folder / HEADER).write_text(programs_source())
 
 
 def _replace(temporary: Path, folder: Path) -> None:
@@ -341,7 +359,8 @@ def _wait_for(file: TextIO) -> None:
 
 def _sources_digest() -> list[str]:
     headers = sorted(Path(__file__).parent.glob("*.h"))
-    return [f"{path.name}\n{_sha256(path)}" for path in (*sources(), *headers)]
+    generators = [Path(__file__).parents[1] / name for name in GENERATORS]
+    return [f"{path.name}\n{_sha256(path)}" for path in (*sources(), *headers, *generators)]
 
 
 def _sha256(path: Path) -> str:

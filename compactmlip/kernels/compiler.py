@@ -94,6 +94,8 @@ def torch_version() -> str:
 def compile_library(compiler: Compiler, sources: Sequence[Path], target: Path) -> tuple[str, ...]:
     """Compile the sources, side by side, and link them to a shared library.
 
+    Headers may lie beside a source or beside the library.
+
     The library names torch's libraries without saying where they are: whoever loads it, Python or a
     C++ program, has loaded its own torch before.
 
@@ -110,7 +112,7 @@ def compile_library(compiler: Compiler, sources: Sequence[Path], target: Path) -
     flags = (*FLAGS, NATIVE) if _accepts(compiler, NATIVE) else FLAGS
     home = Path(torch.__file__).parent
     include = [home / "include", home / "include" / "torch" / "csrc" / "api" / "include"]
-    common = [*compiler.command, *flags, *(f"-isystem{folder}" for folder in include)]
+    common = [*compiler.command, *flags, f"-I{target.parent}", *(f"-isystem{folder}" for folder in include)]
     common.append(f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}")
     objects = [target.with_name(f"{source.stem}.o") for source in sources]
     with ThreadPoolExecutor(max_workers=max(1, min(len(sources), os.cpu_count() or 1))) as pool:

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #include <utility>
 
 namespace compactmlip {
@@ -15,25 +16,26 @@ constexpr int64_t kVectorBytes = 32;
 constexpr int64_t kVectorBytes = 16;
 #endif
 
-template <class T>
+template <class T, int64_t kBytes>
 struct VectorOf {
-  typedef T type __attribute__((vector_size(kVectorBytes)));
+  typedef T type __attribute__((vector_size(kBytes)));
 };
-template <class T>
-using Vec = typename VectorOf<T>::type;
+template <class T, int64_t kBytes = kVectorBytes>
+using Vec = typename VectorOf<T, kBytes>::type;
 
-template <class T>
-constexpr int64_t kLanes = kVectorBytes / static_cast<int64_t>(sizeof(T));
+template <class T, int64_t kBytes = kVectorBytes>
+constexpr int64_t kLanes = kBytes / static_cast<int64_t>(sizeof(T));
 
-template <class T>
-inline __attribute__((always_inline)) Vec<T> load(const T* p) {
-  Vec<T> x;
+template <class T, int64_t kBytes = kVectorBytes>
+inline __attribute__((always_inline)) Vec<T, kBytes> load(const T* p) {
+  Vec<T, kBytes> x;
   std::memcpy(&x, p, sizeof(x));
   return x;
 }
 
-template <class T>
-inline __attribute__((always_inline)) void store(T* p, Vec<T> x) {
+template <class T, class V>
+inline __attribute__((always_inline)) void store(T* p, V x) {
+  static_assert(std::is_same_v<std::remove_cvref_t<decltype(x[0])>, T>);
   std::memcpy(p, &x, sizeof(x));
 }
 
@@ -79,9 +81,9 @@ struct Number<T, true> {
 
 #ifdef COMPACTMLIP_SHUFFLE
 // a and b hold partial sums in segments of G lanes; returns the segments of a, then of b, folded to G/2.
-template <class T, int G, int... I>
-inline __attribute__((always_inline)) Vec<T> fold(Vec<T> a, Vec<T> b, std::integer_sequence<int, I...>) {
-  constexpr int lanes = kLanes<T>, half = G / 2, segments = lanes / G;
+template <int G, class V, int... I>
+inline __attribute__((always_inline)) V fold(V a, V b, std::integer_sequence<int, I...>) {
+  constexpr int lanes = sizeof...(I), half = G / 2, segments = lanes / G;
   constexpr auto from = [](int i, int shift) {
     int segment = i / half, source = segment < segments ? 0 : lanes;
     return source + (segment % segments) * G + i % half + shift;
@@ -89,26 +91,26 @@ inline __attribute__((always_inline)) Vec<T> fold(Vec<T> a, Vec<T> b, std::integ
   return __builtin_shufflevector(a, b, from(I, 0)...) + __builtin_shufflevector(a, b, from(I, half)...);
 }
 
-template <class T, int G>
-inline __attribute__((always_inline)) void fold_all(Vec<T>* x) {
+template <int kLanes, int G, class V>
+inline __attribute__((always_inline)) void fold_all(V* x) {
   if constexpr (G > 1) {
     for (int k = 0; k < G / 2; k++)
-      x[k] = fold<T, G>(x[2 * k], x[2 * k + 1], std::make_integer_sequence<int, kLanes<T>>{});
-    fold_all<T, G / 2>(x);
+      x[k] = fold<G>(x[2 * k], x[2 * k + 1], std::make_integer_sequence<int, kLanes>{});
+    fold_all<kLanes, G / 2>(x);
   }
 }
 #endif
 
 // out[m] = sum of the lanes of x[m], always in the same order.
-template <class T>
-inline void sum_lanes(const Vec<T>* x, int64_t count, T* out) {
-  constexpr int64_t lanes = kLanes<T>;
+template <class T, class V>
+inline void sum_lanes(const V* x, int64_t count, T* out) {
+  constexpr int64_t lanes = sizeof(V) / sizeof(T);
   for (int64_t m = 0; m < count; m += lanes) {
     const int64_t here = count - m < lanes ? count - m : lanes;
 #ifdef COMPACTMLIP_SHUFFLE
-    Vec<T> block[lanes];
-    for (int64_t k = 0; k < lanes; k++) block[k] = k < here ? x[m + k] : Vec<T>{};
-    fold_all<T, lanes>(block);
+    V block[lanes];
+    for (int64_t k = 0; k < lanes; k++) block[k] = k < here ? x[m + k] : V{};
+    fold_all<lanes, lanes>(block);
     std::memcpy(out + m, block, static_cast<size_t>(here) * sizeof(T));
 #else
     for (int64_t k = 0; k < here; k++) {

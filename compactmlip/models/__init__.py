@@ -66,6 +66,17 @@ def cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     return model
 
 
+def exact_copy(model: nn.Module) -> nn.Module:
+    """Copy of a native model in float64 whose constants (couplings, steps of the harmonics) are exact.
+
+    Casting a float32 model to float64 would keep constants that were rounded to float32.
+    """
+    spec = model_spec(model)
+    made = build(spec)
+    made.load_state_dict(model.state_dict())
+    return made.eval().requires_grad_(False)
+
+
 def model_dtype(model: nn.Module) -> torch.dtype:
     """Compute dtype of a model."""
     return next(model.parameters()).dtype

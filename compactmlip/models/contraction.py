@@ -222,12 +222,19 @@ class SymmetricContraction(nn.Module):
     def _contracted(self, x: Sequence[Tensor | None], species: Tensor) -> Tensor:
         """All outputs side by side in all channels, (n_nodes, rows, width), by the compiled kernel."""
         components = torch.cat([self._widened(x, l) for l in self.orders], dim=1)
-        weights = [self._in_all_channels(self.combined_weights(L, nu), L) for L, nu in self.tables]
         rows = sum(2 * L + 1 for L in self.outputs)
         total: Tensor = torch.ops.compactmlip.contract(
-            components, torch.cat(weights, dim=1), species, self.plan, self.terms, rows
+            components, self.product_weights(), species, self.plan, self.terms, rows
         )
         return total
+
+    def product_weights(self) -> Tensor:
+        """Weights of the independent products in all channels, (species, products, width).
+
+        Products are ordered by output order, then degree; channels that an output does not have are zero.
+        """
+        weights = [self._in_all_channels(self.combined_weights(L, nu), L) for L, nu in self.tables]
+        return torch.cat(weights, dim=1)
 
     def _in_all_channels(self, weights: Tensor, output: int) -> Tensor:
         """Weights of one output order with zeros in the channels that it does not have."""

@@ -1,0 +1,64 @@
+"""Worker of engine.py for compactmlip.  Requests and answers: see process.py."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from common import Evaluation, read_structure
+from process import limit_memory, peak_memory, serve, timed
+
+from compactmlip import CompactMLIPCalculator
+
+STEP = 0.003
+"""Angstrom that atoms move between steps, as in molecular dynamics."""
+
+
+class Calculation:
+    """Energies and forces of one structure by one file."""
+
+    def setup(self, model: str, structure: str, threads: int, memory: float) -> dict[str, Any]:
+        limit_memory(memory)
+        torch.set_num_threads(threads)
+        self.path, self.atoms = Path(model), read_structure(Path(structure))
+        self.evaluation = Evaluation(self.path)
+        self.graph = self.evaluation.graph(self.atoms)
+        self.forces = torch.empty(0)
+        self.rng = np.random.default_rng(0)
+        return {"memory_before": peak_memory(), "edges": len(self.graph.centers)}
+
+    def run(self) -> dict[str, Any]:
+        found, times = timed(lambda: self.evaluation(self.graph))
+        self.forces = found.forces
+        return dict(times)
+
+    def finish(self, forces: str) -> dict[str, Any]:
+        np.save(forces, self.forces.double().numpy())
+        return {"memory": peak_memory()}
+
+    def step(self) -> dict[str, Any]:
+        """A whole step through the calculator: neighbour list, graph, energy, forces and stress."""
+        if self.atoms.calc is None:
+            self.atoms.calc = CompactMLIPCalculator(self.path)
+        self.atoms.positions += self.rng.uniform(-STEP, STEP, self.atoms.positions.shape)
+        return dict(timed(self.atoms.get_forces)[1])
+
+
+def main() -> None:
+    warnings.simplefilter("ignore")
+    calculation = Calculation()
+    serve(
+        {
+            "setup": calculation.setup,
+            "run": calculation.run,
+            "step": calculation.step,
+            "finish": calculation.finish,
+        }
+    )
+
+
+if __name__ == "__main__":
+    main()

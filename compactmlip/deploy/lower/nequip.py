@@ -1,0 +1,180 @@
+"""Lowering of the NequIP family.
+
+What is folded: the first layer's features, which depend on the species only, into its radial tables and its
+self-connection, together with the linear map behind its convolution; radial networks into tables; maps that
+read the same features into one; the two linear maps of the readout into one.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from compactmlip.deploy.lower.convolution import (
+    Graph,
+    Grid,
+    PairTypes,
+    SplineConvolution,
+    folded,
+    pad_columns,
+    padded_rows,
+)
+from compactmlip.deploy.lower.dense import Dense, PerOrder, SpeciesDense, SpeciesRows, weights_of
+from compactmlip.deploy.lower.splines import RadialFunction
+from compactmlip.models.gate import gate
+from compactmlip.models.linear import add_features
+from compactmlip.models.nequip import NequIP, NequIPBlock
+
+Features = list[Tensor | None]
+
+
+def _radial(model: NequIP, t: int) -> RadialFunction:
+    convolution = model.layers[t].convolution
+
+    def function(r: Tensor) -> Tensor:
+        value: Tensor = convolution.radial(model.basis(r)) * convolution.normalisation
+        return value
+
+    return function
+
+
+class FirstLayer(nn.Module):
+    """Layer 0: neighbours send scalars that depend on their species only."""
+
+    def __init__(self, model: NequIP, grid: Grid) -> None:
+        super().__init__()
+        block = model.layers[0]
+        assert isinstance(block, NequIPBlock)
+        self.out = block.shape.out
+        embedding = model.embedding().detach()
+        sent = embedding @ weights_of(block.up)[0]
+        if block.up.bias is not None:
+            sent = sent + block.up.bias.detach()
+        types = PairTypes.by_neighbor(len(model.spec.species))
+        raw, down = _radial(model, 0), weights_of(block.down)
+        made = [folded(raw, block.shape.paths, sent[j], down) for _, j in types.members]
+        _, paths, self.sizes = made[0]
+        self.orders = [p[2] for p in paths]
+        self.convolution = SplineConvolution(
+            paths,
+            self.sizes,
+            [f for f, _, _ in made],
+            types,
+            grid,
+            lmax=model.arch.lmax_edge,
+            solid=model.arch.solid_harmonics,
+            unit=True,
+        )
+        rows = embedding.new_zeros(len(embedding), self.sizes[0])
+        if block.skip is not None:
+            weight = weights_of(block.skip)[0]
+            rows = embedding @ weight if weight.dim() == 2 else torch.einsum("sc,scd->sd", embedding, weight)
+        if block.down.bias is not None:
+            rows = rows + block.down.bias.detach()
+        self.rows = SpeciesRows(rows)
+
+    def forward(self, x: Features, graph: Graph) -> Features:
+        """Features after this layer."""
+        messages = self.convolution(graph, [])
+        for l, size in zip(self.orders, self.sizes, strict=True):
+            message = messages[l]
+            assert message is not None
+            messages[l] = message[:, :, :size]
+        gates = add_features(messages, [self.rows(graph.species)], len(self.out))
+        return gate(gates, self.out)
+
+
+class Layer(nn.Module):
+    """A layer behind the first: what neighbours get and what the node keeps come from one product."""
+
+    def __init__(self, model: NequIP, t: int, grid: Grid) -> None:
+        super().__init__()
+        block = model.layers[t]
+        assert isinstance(block, NequIPBlock)
+        self.out = block.shape.out
+        paths = sorted(block.shape.paths)
+        up = {l: pad_columns(w) for l, w in weights_of(block.up).items()}
+        skip = {} if block.skip is None else weights_of(block.skip)
+        per_species = block.skip is not None and block.skip.per_species
+        self.skip = PerOrder({l: SpeciesDense(w) for l, w in skip.items()}) if per_species else None
+        self.sent = {l: w.shape[1] for l, w in up.items()}
+        maps: dict[int, nn.Module] = {}
+        for l in sorted(set(up) | (set() if per_species else set(skip))):
+            parts = [m[l] for m in (up, skip) if l in m and not (per_species and m is skip)]
+            bias = None
+            if l == 0 and block.up.bias is not None:
+                bias = torch.nn.functional.pad(
+                    block.up.bias.detach(), (0, sum(p.shape[1] for p in parts) - len(block.up.bias))
+                )
+            maps[l] = Dense(torch.cat(parts, dim=1), bias)
+        self.maps = PerOrder(maps)
+        sizes = [block.shape.up[p[0]] for p in paths]
+        self.convolution = SplineConvolution(
+            paths,
+            sizes,
+            [_radial(model, t)],
+            PairTypes.one(),
+            grid,
+            lmax=model.arch.lmax_edge,
+            solid=model.arch.solid_harmonics,
+        )
+        self.down = PerOrder(
+            {
+                l: Dense(
+                    padded_rows(w, l, paths, block.shape.up),
+                    block.down.bias.detach() if l == 0 and block.down.bias is not None else None,
+                )
+                for l, w in weights_of(block.down).items()
+            }
+        )
+
+    def forward(self, x: Features, graph: Graph) -> Features:
+        """Features after this layer."""
+        up: Features = []
+        own: Features = []
+        for l, made in enumerate(self.maps(x, graph.species)):
+            sent = self.sent.get(l, 0)
+            if made is None:
+                up.append(None)
+                own.append(None)
+            elif sent == 0 or sent == made.shape[-1]:
+                up.append(made if sent else None)
+                own.append(None if sent else made)
+            else:
+                first, second = made.split([sent, made.shape[-1] - sent], dim=-1)
+                up.append(first)
+                own.append(second)
+        if self.skip is not None:
+            own = self.skip(x, graph.species)
+        update = self.down(self.convolution(graph, up), graph.species)
+        return gate(add_features(update, own, len(self.out)), self.out)
+
+
+class LoweredNequIP(nn.Module):
+    """Energy of each atom; what :class:`compactmlip.models.nequip.NequIP` computes."""
+
+    energy_scale: Tensor
+    energy_shift: Tensor
+
+    def __init__(self, model: NequIP, grid: Grid) -> None:
+        super().__init__()
+        layers: list[nn.Module] = [FirstLayer(model, grid)] if len(model.layers) else []
+        layers += [Layer(model, t, grid) for t in range(1, len(model.layers))]
+        self.layers = nn.ModuleList(layers)
+        self.embedding = SpeciesRows(model.embedding().detach())
+        hidden, last = model.readout_hidden, model.readout().detach()
+        bias = None if hidden.bias is None else hidden.bias.detach() @ last
+        self.readout = Dense(weights_of(hidden)[0] @ last, bias)
+        self.register_buffer("energy_scale", model.energy_scale.clone())
+        self.register_buffer("energy_shift", model.energy_shift.clone())
+
+    def forward(self, species: Tensor, centers: Tensor, neighbors: Tensor, vectors: Tensor) -> Tensor:
+        """Return (n_nodes,), float64, eV."""
+        graph = Graph(vectors, species, centers, neighbors)
+        x: Features = [] if len(self.layers) else [self.embedding(species)]
+        for layer in self.layers:
+            x = layer(x, graph)
+        assert x[0] is not None
+        energy = self.readout(x[0]).flatten().to(torch.float64)
+        scale, shift = self.energy_scale.index_select(0, species), self.energy_shift.index_select(0, species)
+        return energy * scale + shift

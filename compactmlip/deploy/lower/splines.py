@@ -1,0 +1,46 @@
+"""Radial functions as tables: values and derivatives at evenly spaced distances, for Hermite interpolation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+RadialFunction = Callable[[Tensor], Tensor]
+"""From distances (K,) in Angstrom to values (K, columns); differentiable."""
+
+FIRST_DISTANCE = 1e-2
+"""Angstrom; basis functions such as sin(kr)/r cannot be evaluated at zero.  The first knot is continued from
+here: no two atoms come closer than this."""
+
+
+def tabulate(function: RadialFunction, cutoff: float, knots: int, values_per_knot: int) -> Tensor:
+    """Table of a radial function on [0, cutoff], float64.
+
+    Returns
+    -------
+    Tensor
+        (knots, values_per_knot, columns): value and first derivative, and the second if
+        ``values_per_knot`` is 3.  Derivatives are per interval.
+    """
+    spacing = cutoff / (knots - 1)
+    r = torch.arange(knots, dtype=torch.float64) * spacing
+    inside = r.clamp(min=min(FIRST_DISTANCE, 0.5 * spacing))
+    value, first, second = _derivatives(function, inside)
+    shift = (r - inside).unsqueeze(-1)
+    value = value + shift * (first + 0.5 * shift * second)
+    first = first + shift * second
+    columns = [value, first * spacing, second * spacing**2]
+    return torch.stack(columns[:values_per_knot], dim=1)
+
+
+def _derivatives(function: RadialFunction, r: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Value and first two derivatives, each (K, columns), by forward differentiation."""
+    direction = torch.ones_like(r)
+
+    def first(at: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.func.jvp(function, (at,), (direction,))
+
+    (value, slope), (_, curvature) = torch.func.jvp(first, (r,), (direction,))
+    return value.detach(), slope.detach(), curvature.detach()

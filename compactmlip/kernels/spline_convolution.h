@@ -1,0 +1,255 @@
+// The convolution with tabulated radial weights over all centres, and its gradient.
+//
+//   out_i[l3, r, p, c] = sum_j R_p,c(r_ij) sum_a K_p[r, a](r_ij) h_j[l1, a, c]
+//
+// Nothing of the size edges x channels is stored: radial weights and coupling entries are formed tile by tile.
+#pragma once
+
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+#include <vector>
+
+#include "edges.h"
+#include "spline_paths.h"
+
+namespace compactmlip {
+
+template <class T>
+struct Feature {  // of one order; values is null for features that are one
+  const T* values;
+  int64_t node_stride, row_stride;
+  T* gradient;  // (nodes, components, channels), or null
+};
+
+template <class T>
+struct Problem {
+  const Plan& plan;
+  const Table<T> table;
+  const T *vectors, *coefficients;
+  const int64_t *species, *neighbors;
+  const Edges& edges;
+  bool unit;                                  // the features are one
+  std::vector<Feature<T>> features;           // by l1
+  std::vector<T*> messages;                   // by l3, (nodes, rows, channels); null where there are none
+  std::vector<const T*> gradients;            // of the messages
+  T* vector_gradient;
+  std::vector<PathFunctions<T>> functions;    // by path
+
+  int64_t edge(int64_t k) const { return edges.order.empty() ? k : edges.order[k]; }
+};
+
+// Memory of one thread, kept from call to call.
+template <class T>
+class Workspace {
+ public:
+  T* take(int64_t count) {
+    const int64_t first = used_;
+    used_ += (count + 15) / 16 * 16;
+    return reinterpret_cast<T*>(lines_.data()) + first;
+  }
+  void reserve(int64_t count) {
+    const size_t needed = (static_cast<size_t>(count) * sizeof(T) + sizeof(Line) - 1) / sizeof(Line) + 1;
+    if (lines_.size() < needed) lines_.resize(needed);
+    used_ = 0;
+  }
+
+ private:
+  struct alignas(64) Line {
+    char bytes[64];
+  };
+  std::vector<Line> lines_;
+  int64_t used_ = 0;
+};
+
+struct Sizes {  // largest of any group
+  int64_t entries = 0, channels = 0, columns = 0, features = 0;
+  explicit Sizes(const Plan& plan) {
+    for (const Group& g : plan.groups) {
+      entries = std::max(entries, g.entries);
+      for (int64_t n = g.first; n < g.last; n++) channels = std::max(channels, plan.paths[n].channels);
+      columns = std::max(columns, g.columns);
+      features = std::max(features, g.size());
+    }
+  }
+};
+
+template <class T, int64_t B>
+void radial_rows(const Problem<T>& s, const Tile<T>& t, int e, int64_t column, int64_t channels, T* R, T* dR) {
+  const int64_t W = s.plan.columns;
+  if (s.plan.values_per_knot == 2) {
+    if (dR) radial_row<T, B, 2, true>(t, e, W, column, channels, R, dR);
+    else radial_row<T, B, 2, false>(t, e, W, column, channels, R, dR);
+  } else {
+    if (dR) radial_row<T, B, 3, true>(t, e, W, column, channels, R, dR);
+    else radial_row<T, B, 3, false>(t, e, W, column, channels, R, dR);
+  }
+}
+
+// Calls work(tile, first) for the edges of a centre, a tile at a time.
+template <class T, class F>
+void over_tiles(const Problem<T>& s, int64_t center, Tile<T>& t, const F& work) {
+  for (int64_t k = s.edges.begin[center]; k < s.edges.begin[center + 1]; k += kTile) {
+    t.count = static_cast<int>(std::min<int64_t>(kTile, s.edges.begin[center + 1] - k));
+    for (int e = 0; e < t.count; e++) t.edge[e] = s.edge(k + e);
+    read_tile(t, s.plan, s.table, s.vectors, s.species, center, s.neighbors, s.coefficients);
+    work(k);
+  }
+}
+
+template <class T, int64_t B>
+void forward_center(const Problem<T>& s, const Sizes& sizes, Workspace<T>& memory, int64_t center) {
+  if (s.edges.begin[center] == s.edges.begin[center + 1]) {
+    for (size_t l = 0; l < s.messages.size(); l++) {
+      const int64_t size = (2 * l + 1) * s.plan.message_channels[l];
+      if (s.messages[l]) std::fill_n(s.messages[l] + center * size, size, T(0));
+    }
+    return;
+  }
+  memory.reserve(sizes.entries * kTile + sizes.channels * kTile + 64);
+  T *K = memory.take(sizes.entries * kTile), *R = memory.take(sizes.channels * kTile);
+  Tile<T> t;
+  over_tiles(s, center, t, [&](int64_t k) {
+    for (const Group& group : s.plan.groups) {
+      couple(t, group, s.coefficients, K);
+      const Feature<T>& feature = s.features[group.l1];
+      ForwardPath<T> p{t.count, 0, group.components()};
+      p.h_stride = feature.row_stride;
+      for (int e = 0; e < t.count; e++)
+        p.h[e] = feature.values + (feature.node_stride ? s.neighbors[t.edge[e]] * feature.node_stride : 0);
+      p.R = R;
+      p.first = k == s.edges.begin[center];
+      for (int64_t n = group.first; n < group.last; n++) {
+        const Path& path = s.plan.paths[n];
+        for (int e = 0; e < t.count; e++)
+          radial_rows<T, B>(s, t, e, path.column, path.channels, R + e * path.channels, nullptr);
+        p.channels = path.channels;
+        p.rows = path.rows();
+        p.K = K + path.entry * kTile;
+        p.out_stride = s.plan.message_channels[path.l3];
+        p.out = s.messages[path.l3] + center * path.rows() * p.out_stride + path.message;
+        s.functions[n].forward(p);
+      }
+    }
+  });
+}
+
+// dh: gradients of the features of each edge, (edges of this call, feature_size) beginning with edge k0; or
+// null, and then they are added to those of the neighbours at once.
+template <class T, int64_t B>
+void backward_center(const Problem<T>& s, const Sizes& sizes, Workspace<T>& memory, int64_t center, T* dh,
+                     int64_t feature_size, int64_t k0) {
+  memory.reserve(2 * sizes.entries * kTile + 4 * sizes.columns + 3 * sizes.features + kTile + 256);
+  T *K = memory.take(sizes.entries * kTile), *dK = memory.take(sizes.entries * kTile);
+  T *R = memory.take(2 * sizes.columns), *dR = memory.take(2 * sizes.columns);
+  T *local = memory.take(2 * sizes.features), *x = memory.take(sizes.features), *radial = memory.take(kTile);
+  Tile<T> t;
+  over_tiles(s, center, t, [&](int64_t k) {
+    std::fill_n(radial, kTile, T(0));
+    std::fill_n(t.dy[0], std::max<int64_t>(4, (s.plan.lmax + 1) * (s.plan.lmax + 1)) * kTile, T(0));
+    int64_t offset = 0;
+    for (const Group& group : s.plan.groups) {
+      couple(t, group, s.coefficients, K);
+      std::fill_n(dK, group.entries * kTile, T(0));
+      const Feature<T>& feature = s.features[group.l1];
+      const int64_t size = group.size();
+      for (int e = 0; e < t.count; e += 2) {
+        BackwardPath<T> p{std::min(2, t.count - e), 0, group.components()};
+        p.h_stride = feature.row_stride;
+        p.radial = radial + e;
+        p.x = x;
+        for (int n = 0; n < p.count; n++) {
+          p.h[n] = feature.values + (feature.node_stride ? s.neighbors[t.edge[e + n]] * feature.node_stride : 0);
+          p.dh[n] = nullptr;
+          if (feature.gradient)
+            p.dh[n] = dh ? dh + (k + e + n - k0) * feature_size + offset : local + n * sizes.features;
+          radial_rows<T, B>(s, t, e + n, group.column, group.columns, R + n * sizes.columns,
+                            dR + n * sizes.columns);
+        }
+        for (int64_t n = group.first; n < group.last; n++) {
+          const Path& path = s.plan.paths[n];
+          for (int m = 0; m < p.count; m++) {
+            p.R[m] = R + m * sizes.columns + path.column - group.column;
+            p.dR[m] = dR + m * sizes.columns + path.column - group.column;
+          }
+          p.channels = path.channels;
+          p.rows = path.rows();
+          p.K = K + path.entry * kTile + e;
+          p.dK = dK + path.entry * kTile + e;
+          p.g_stride = s.plan.message_channels[path.l3];
+          p.g = s.gradients[path.l3] + center * path.rows() * p.g_stride + path.message;
+          p.first = n == group.first;
+          s.functions[n].backward(p);
+        }
+        for (int n = 0; feature.gradient && !dh && n < p.count; n++) {
+          T* to = feature.gradient + s.neighbors[t.edge[e + n]] * size;
+          for (int64_t c = 0; c < size; c += kLanes<T, B>)
+            store(to + c, load<T, B>(to + c) + load<T, B>(p.dh[n] + c));
+        }
+      }
+      uncouple(t, group, s.coefficients, dK);
+      if (feature.gradient) offset += size;
+    }
+    write_tile(t, s.plan, s.coefficients, radial, s.vector_gradient);
+  });
+}
+
+// Calls work(i, memory) for the centres first ... last - 1, in parallel.
+template <class T, class F>
+void over_centers(int64_t first, int64_t last, const F& work) {
+  at::parallel_for(first, last, 1, [&](int64_t from, int64_t to) {
+    static thread_local Workspace<T> memory;
+    for (int64_t i = from; i < to; i++) work(i, memory);
+  });
+}
+
+template <class T, int64_t B>
+void run_forward(const Problem<T>& s, int64_t nodes) {
+  const Sizes sizes(s.plan);
+  over_centers<T>(0, nodes, [&](int64_t center, Workspace<T>& memory) {
+    forward_center<T, B>(s, sizes, memory, center);
+  });
+}
+
+// With several threads, gradients of features are written edge by edge into a buffer that stays in the cache,
+// and then added in the order of the edges, each thread for its own columns: no two threads write to one
+// place, and the sums do not depend on the number of threads.
+template <class T, int64_t B>
+void run_backward(const Problem<T>& s, int64_t nodes) {
+  const Sizes sizes(s.plan);
+  const std::vector<int64_t>& begin = s.edges.begin;
+  int64_t feature_size = 0;
+  for (const Group& g : s.plan.groups)
+    if (s.features[g.l1].gradient) feature_size += g.size();
+  const bool buffered = feature_size && at::get_num_threads() > 1 && !at::in_parallel_region();
+  const int64_t at_once = buffered ? 256 * at::get_num_threads() : begin[nodes] + 1;
+  std::vector<T> buffer;
+  for (int64_t i = 0; i < nodes;) {
+    int64_t end = i + 1;
+    while (end < nodes && begin[end + 1] - begin[i] <= at_once) end++;
+    const int64_t first = begin[i], last = begin[end];
+    if (buffered) buffer.resize(std::max<size_t>(buffer.size(), (last - first) * feature_size));
+    over_centers<T>(i, end, [&](int64_t center, Workspace<T>& memory) {
+      backward_center<T, B>(s, sizes, memory, center, buffered ? buffer.data() : nullptr, feature_size, first);
+    });
+    if (buffered) {
+      const int64_t lanes = kLanes<T, B>;
+      at::parallel_for(0, feature_size / lanes, 4, [&](int64_t from, int64_t to) {
+        int64_t offset = 0;
+        for (const Group& g : s.plan.groups) {
+          if (!s.features[g.l1].gradient) continue;
+          const int64_t c0 = std::max(from * lanes, offset), c1 = std::min(to * lanes, offset + g.size());
+          for (int64_t k = first; c0 < c1 && k < last; k++) {
+            const T* here = buffer.data() + (k - first) * feature_size;
+            T* sum = s.features[g.l1].gradient + s.neighbors[s.edge(k)] * g.size() - offset;
+            for (int64_t c = c0; c < c1; c += lanes) store(sum + c, load<T, B>(sum + c) + load<T, B>(here + c));
+          }
+          offset += g.size();
+        }
+      });
+    }
+    i = end;
+  }
+}
+
+}  // namespace compactmlip

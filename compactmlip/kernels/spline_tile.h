@@ -1,0 +1,148 @@
+// What belongs to edges alone: distances, spline weights, spherical harmonics, coupling entries, and the way
+// back from their adjoints to the edge vectors.  A tile is a few edges of one centre; lanes are edges.
+//
+// With n = r / |r| the first order is sqrt(3) n (solid harmonics: sqrt(3) r), and each higher order a
+// bilinear step from the one below and the first, as in models/angular.py.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+
+#include "spline_plan.h"
+
+namespace compactmlip {
+
+constexpr int kTile = 8;
+#define EACH_EDGE _Pragma("omp simd") for (int e = 0; e < kTile; e++)
+
+template <class T>
+struct Table {
+  const T* values;  // (types, knots, values per knot, columns)
+  int64_t knots;
+  T cutoff, per_angstrom;  // intervals per Angstrom
+  const int64_t* pairs;    // (species, species) type by species of centre and neighbour, or null
+  int64_t num_species;
+};
+
+template <class T>
+struct alignas(64) Tile {
+  int count;
+  int64_t edge[kTile];
+  T direction[3][kTile], length[kTile], inverse[kTile];
+  T weight[6][kTile], slope[6][kTile];  // of the values at the two knots; slope: derivative per Angstrom
+  const T* row[kTile];                  // values at the two knots
+  T y[kMaxHarmonics][kTile], dy[kMaxHarmonics][kTile];
+};
+
+// Hermite interpolation between two knots with value and derivative (2 values per knot), or second derivative
+// as well (3); derivatives are per interval.
+template <class T>
+inline void hermite(int values, T u, T* w, T* d) {
+  const T v = 1 - u;
+  if (values == 2) {
+    w[0] = (1 + 2 * u) * v * v, w[1] = u * v * v, w[2] = u * u * (3 - 2 * u), w[3] = -u * u * v;
+    d[0] = -6 * u * v, d[1] = v * (1 - 3 * u), d[2] = 6 * u * v, d[3] = u * (3 * u - 2);
+    return;
+  }
+  const T u2 = u * u, u3 = u2 * u, v2 = v * v, v3 = v2 * v;
+  w[0] = v3 * (1 + u * (3 + 6 * u)), w[1] = v3 * u * (1 + 3 * u), w[2] = v3 * u2 / 2;
+  w[3] = u3 * (1 + v * (3 + 6 * v)), w[4] = -u3 * v * (1 + 3 * v), w[5] = u3 * v2 / 2;
+  d[0] = -30 * u2 * v2, d[1] = v2 * (1 + u * (2 - 15 * u)), d[2] = v2 * u * (2 - 5 * u) / 2;
+  d[3] = 30 * u2 * v2, d[4] = u2 * (1 + v * (2 - 15 * v)), d[5] = -u2 * v * (2 - 5 * v) / 2;
+}
+
+// Vectors, spline weights and harmonics of the edges listed in the tile.  The lanes behind the last edge
+// repeat it and are not used.
+template <class T>
+inline void read_tile(Tile<T>& t, const Plan& plan, const Table<T>& table, const T* vectors,
+                      const int64_t* species, int64_t center, const int64_t* neighbors, const T* coefficients) {
+  const int values = static_cast<int>(plan.values_per_knot);
+  for (int e = 0; e < kTile; e++) {
+    const int64_t edge = t.edge[std::min(e, t.count - 1)];
+    for (int k = 0; k < 3; k++) t.direction[k][e] = vectors[3 * edge + k];
+  }
+  EACH_EDGE {
+    const T x = t.direction[0][e], y = t.direction[1][e], z = t.direction[2][e];
+    t.length[e] = std::sqrt(x * x + y * y + z * z);
+    t.inverse[e] = 1 / t.length[e];
+  }
+  for (int k = 0; k < 3; k++) EACH_EDGE t.direction[k][e] *= t.inverse[e];
+  for (int e = 0; e < t.count; e++) {
+    const T r = t.length[e];
+    int64_t type = 0;
+    if (table.pairs) type = table.pairs[species[center] * table.num_species + species[neighbors[t.edge[e]]]];
+    const bool inside = r < table.cutoff;
+    const T position = inside ? r * table.per_angstrom : 0;
+    const int64_t knot = std::min(static_cast<int64_t>(position), table.knots - 2);
+    T w[6], d[6];
+    hermite<T>(values, position - static_cast<T>(knot), w, d);
+    // Zero beyond the cutoff; what is not a number must not look like one.
+    const T scale = inside ? T(1) : r >= table.cutoff ? T(0) : std::numeric_limits<T>::quiet_NaN();
+    for (int k = 0; k < 2 * values; k++) {
+      t.weight[k][e] = scale * w[k];
+      t.slope[k][e] = scale * d[k] * table.per_angstrom;
+    }
+    t.row[e] = table.values + (type * table.knots + knot) * values * plan.columns;
+  }
+  EACH_EDGE t.y[0][e] = 1;
+  if (plan.lmax > 0) {
+    const T first = static_cast<T>(std::sqrt(3.0));
+    for (int k = 0; k < 3; k++)
+      EACH_EDGE t.y[1 + k][e] = first * t.direction[k][e] * (plan.solid ? t.length[e] : T(1));
+  }
+  for (int64_t b = 4; b < (plan.lmax + 1) * (plan.lmax + 1); b++) EACH_EDGE t.y[b][e] = 0;
+  for (int64_t s = 0; s < plan.num_steps; s++) {
+    const int32_t* step = plan.steps + 3 * s;
+    EACH_EDGE t.y[step[0]][e] += coefficients[s] * t.y[step[1]][e] * t.y[step[2]][e];
+  }
+}
+
+// Coupling entries of a group from the harmonics, (entries, kTile).
+template <class T>
+inline void couple(const Tile<T>& t, const Group& group, const T* coefficients, T* entries) {
+  std::fill_n(entries, group.entries * kTile, T(0));
+  for (int64_t k = 0; k < group.num_terms; k++) {
+    const T value = coefficients[group.term_values + k];
+    T* to = entries + group.terms[2 * k] * kTile;
+    const T* from = t.y[group.terms[2 * k + 1]];
+    EACH_EDGE to[e] += value * from[e];
+  }
+}
+
+// The adjoint of couple.
+template <class T>
+inline void uncouple(Tile<T>& t, const Group& group, const T* coefficients, const T* adjoint) {
+  for (int64_t k = 0; k < group.num_terms; k++) {
+    const T value = coefficients[group.term_values + k];
+    const T* from = adjoint + group.terms[2 * k] * kTile;
+    T* to = t.dy[group.terms[2 * k + 1]];
+    EACH_EDGE to[e] += value * from[e];
+  }
+}
+
+// Gradients with respect to the vectors from the adjoints of harmonics and distances.
+template <class T>
+inline void write_tile(Tile<T>& t, const Plan& plan, const T* coefficients, const T* radial, T* gradient) {
+  for (int64_t s = plan.num_steps - 1; s >= 0; s--) {
+    const int32_t* step = plan.steps + 3 * s;
+    EACH_EDGE t.dy[step[1]][e] += coefficients[s] * t.dy[step[0]][e] * t.y[step[2]][e];
+    EACH_EDGE t.dy[step[2]][e] += coefficients[s] * t.dy[step[0]][e] * t.y[step[1]][e];
+  }
+  const T first = plan.lmax > 0 ? static_cast<T>(std::sqrt(3.0)) : T(0);
+  T result[3][kTile];
+  EACH_EDGE {
+    const T gx = first * t.dy[1][e], gy = first * t.dy[2][e], gz = first * t.dy[3][e];
+    const T nx = t.direction[0][e], ny = t.direction[1][e], nz = t.direction[2][e];
+    const T along = plan.solid ? T(0) : nx * gx + ny * gy + nz * gz;
+    const T scale = plan.solid ? T(1) : t.inverse[e];
+    result[0][e] = (gx - along * nx) * scale + radial[e] * nx;
+    result[1][e] = (gy - along * ny) * scale + radial[e] * ny;
+    result[2][e] = (gz - along * nz) * scale + radial[e] * nz;
+  }
+  for (int e = 0; e < t.count; e++)
+    for (int k = 0; k < 3; k++) gradient[3 * t.edge[e] + k] = result[k][e];
+}
+
+}  // namespace compactmlip
