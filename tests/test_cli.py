@@ -90,6 +90,23 @@ def test_info_of_a_checkpoint(
         assert word in out, word
 
 
+def test_compile_says_what_the_precision_costs(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = "compile teacher.safetensors -o coarse.pt --dtype bf16 --tf32 --calibration mgo.xyz"
+    code, out, err = _run(monkeypatch, capsys, line)
+    assert code == 0, err
+    assert out.startswith("wrote coarse.pt (bf16, ") and " structures: energy " in out
+    assert "6 built-in structures" in out and "1 calibration structures" in out
+    code, out, _ = _run(monkeypatch, capsys, f"{line} --json")
+    found = json.loads(out)
+    assert (found["output"], found["dtype"], found["backend"]) == ("coarse.pt", "bf16", "torch")
+    (_, calibration) = found["accuracy"]
+    assert 1e-6 < calibration["energy_mae"] == calibration["energy_max"] < 0.1  # of one structure
+    code, out, _ = _run(monkeypatch, capsys, "info coarse.pt")
+    assert code == 0 and "bf16, TF32 products on NVIDIA GPUs" in out and "1 calibration structures" in out
+
+
 def test_parameters_add_up(folder: Path) -> None:
     from compactmlip.checkpoint import load
     from compactmlip.info import describe
@@ -118,6 +135,9 @@ def test_parameters_add_up(folder: Path) -> None:
         ),
         ("validate mgo.xyz --teacher teacher.safetensors --structure mgo.xyz", "mgo.xyz"),
         ("compile mgo.xyz -o model.pt", "mgo.xyz"),
+        ("compile teacher.safetensors --dtype bf61", "Did you mean 'bf16'"),
+        ("compile teacher.safetensors -o m.pt --backend aoti", "*.pt2"),
+        ("compile teacher.safetensors --backend aoti --tf32", "--backend torch"),
     ],
 )
 def test_errors_are_one_line(

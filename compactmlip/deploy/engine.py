@@ -72,8 +72,13 @@ def load_engine(path: str | Path, device: torch.device | str = "cpu") -> Engine:
         evaluate = from_package(PackagedModel(path, spec.cutoff))
     else:
         module, _ = load_deployed(path, target)
-        evaluate = from_energies(without_profiling(module), tf32=deployment.tf32 and target.type == "cuda")
+        evaluate = from_energies(without_profiling(module), tf32=uses_tf32(deployment, target))
     return Engine(spec, evaluate, DTYPES[spec.dtype], target, deployment)
+
+
+def uses_tf32(deployment: Deployment, device: torch.device) -> bool:
+    """Whether a file's products are computed in TF32: only where it says so, and only on NVIDIA GPUs."""
+    return deployment.tf32 and device.type == "cuda"
 
 
 def load_code(path: Path, spec: ModelSpec, deployment: Deployment) -> Evaluate:

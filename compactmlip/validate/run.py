@@ -196,7 +196,7 @@ def _same_engine(model: Path) -> AbstractContextManager[None]:
     from compactmlip.deploy.archive import inspect
     from compactmlip.kernels.build import without_kernels
 
-    plain = model.suffix == ".pt" and inspect(model)[1].backend == "torch"
+    plain = model.suffix in (".pt", ".pt2") and inspect(model)[1].backend != "kernels"
     return without_kernels() if plain else nullcontext()
 
 

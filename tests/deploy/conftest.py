@@ -43,3 +43,17 @@ def deployed_quick(
     spec = make_spec(channels=(6, 4), num_layers=2, lmax_edge=2)
     path = tmp_path_factory.mktemp("deployed") / "quick.pt"
     return compile_model(make_model(spec, seed=3), path, dtype="float64").path
+
+
+@pytest.fixture(scope="package")
+def tiny_model(make_model: Callable[..., nn.Module], make_spec: Callable[..., ModelSpec]) -> nn.Module:
+    """One layer of two scalars for Mg and O, with weights per species."""
+    spec = make_spec(species=("O", "Mg"), channels=(2,), num_layers=1, lmax_edge=0, self_connection="species")
+    return make_model(spec, seed=4)
+
+
+@pytest.fixture(scope="package")
+def packaged(tiny_model: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A float64 file with machine code of ``tiny_model``; it takes most of a minute to make."""
+    path = tmp_path_factory.mktemp("packaged") / "tiny.pt2"
+    return compile_model(tiny_model, path, dtype="float64", backend="aoti").path
