@@ -26,8 +26,8 @@ from compactmlip.deploy.lower.convolution import (
 )
 from compactmlip.deploy.lower.dense import Dense, PerOrder, SpeciesDense, SpeciesRows, constant, weights_of
 from compactmlip.deploy.lower.splines import RadialFunction
+from compactmlip.kernels.gate import gate
 from compactmlip.models.contraction import SymmetricContraction
-from compactmlip.models.gate import gate, normalised_sigmoid
 from compactmlip.models.linear import add_features, normalised_silu
 from compactmlip.models.mace import MACE, Interaction, MACEBlock, Readout
 
@@ -137,7 +137,7 @@ class LoweredInteraction(nn.Module):
         if self.shape.interaction == "nonlinear":
             sent: Features = [self.sent(species)] if self.first else up
             total_features = add_features(messages, self.residual(sent, species), len(messages))
-            mixed: Features = self.mix(gate(total_features, self.shape.inner, normalised_sigmoid), species)
+            mixed: Features = self.mix(gate(total_features, self.shape.inner, sigmoid=True), species)
             return mixed
         mapped: Features = self.species_map(messages, species) if self.shape.species_map else messages
         return mapped

@@ -21,7 +21,7 @@ from compactmlip.deploy.lower.convolution import (
 )
 from compactmlip.deploy.lower.dense import Dense, PerOrder, SpeciesDense, SpeciesRows, weights_of
 from compactmlip.deploy.lower.splines import RadialFunction
-from compactmlip.models.gate import gate
+from compactmlip.kernels.gate import gate
 from compactmlip.models.linear import add_features
 from compactmlip.models.nequip import NequIP, NequIPBlock
 
