@@ -23,7 +23,7 @@ def compile_(
     from compactmlip.data.read import read_structures
     from compactmlip.deploy.archive import SUFFIXES
     from compactmlip.deploy.compile import compile_model
-    from compactmlip.info import accuracy_text
+    from compactmlip.info import accuracy_text, tables_text
 
     path = output or model.with_suffix(SUFFIXES.get(backend, ".pt"))  # type: ignore[call-overload]
     report = compile_model(
@@ -36,6 +36,10 @@ def compile_(
     )
     lines = [f"wrote {path} ({dtype}, {report.num_bytes / 1e6:.2f} MB); errors against float64:"]
     text = "\n  ".join([*lines, *(accuracy_text(a) for a in report.accuracy)])
+    if report.tables is not None:
+        text += f"\n  radial tables: {tables_text(report.tables)}"
+    if report.note:
+        text += f"\n  {report.note}"
     accuracy = [a.model_dump() for a in report.accuracy]
     print_result(as_json, text, output=path, dtype=dtype, backend=backend, accuracy=accuracy)
 

@@ -10,7 +10,7 @@ from compactmlip.models import build, channel_rows
 from compactmlip.spec import ModelSpec
 
 if TYPE_CHECKING:
-    from compactmlip.deploy.archive import Accuracy, Deployment
+    from compactmlip.deploy.archive import Accuracy, Deployment, Tables
 
 
 def describe(path: str | Path) -> dict[str, Any]:
@@ -69,7 +69,17 @@ def _precision(spec: ModelSpec, deployment: Deployment) -> dict[str, Any]:
     precision = deployment.precision or spec.dtype
     tf32 = ", TF32 products on NVIDIA GPUs" if deployment.tf32 else ""
     errors = [accuracy_text(a) for a in deployment.accuracy] or "not measured"
-    return {"precision": f"{precision}{tf32}", "error against float64": errors}
+    tables = {} if deployment.tables is None else {"radial tables": tables_text(deployment.tables)}
+    return {"precision": f"{precision}{tf32}", **tables, "error against float64": errors}
+
+
+def tables_text(tables: Tables) -> str:
+    """Describe the tables of a lowered model in one line."""
+    kind = "quintic" if tables.values_per_knot == 3 else "cubic"
+    return (
+        f"{tables.knots} knots, {kind}; they change energies by up to {tables.energy_error:.1e} eV/atom and "
+        f"forces by {tables.force_error:.1e} eV/Angstrom"
+    )
 
 
 def accuracy_text(accuracy: Accuracy) -> str:

@@ -12,6 +12,8 @@ from ase import Atoms
 from ase.build import bulk, molecule
 from torch import nn
 
+from compactmlip.errors import KernelError
+from compactmlip.kernels.build import load as load_kernels
 from compactmlip.models import build, cast
 from compactmlip.models.nequip import NequIPArchitecture, NequIPLayer
 from compactmlip.spec import ModelSpec, Provenance
@@ -173,3 +175,14 @@ def structure(request: pytest.FixtureRequest) -> Atoms:
 def rng() -> np.random.Generator:
     """A seeded generator, the same for every test."""
     return np.random.default_rng(20240229)
+
+
+@pytest.fixture(scope="session")
+def kernels() -> None:
+    """Skip where the operators cannot be built."""
+    try:
+        if load_kernels():
+            return
+    except KernelError as error:
+        pytest.skip(f"no compiled kernels: {error}")
+    pytest.skip("no compiled kernels")

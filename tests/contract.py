@@ -138,18 +138,22 @@ def check_empty_plan(model: nn.Module, atoms: Atoms) -> None:
     assert same.spec.architecture == model.spec.architecture
 
 
+def random_masks(model: nn.Module, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    """Masks of all channel groups with features; each keeps at least one channel."""
+    masks = {}
+    for name, group in channel_graph(model.spec).groups.items():
+        if group.space is not None:
+            masks[name] = rng.random(group.size) < rng.uniform(0.3, 0.9)
+            masks[name][rng.integers(group.size)] = True
+    return masks
+
+
 def check_masked_equals_pruned(model: nn.Module, structures: list[Atoms], rng: np.random.Generator) -> None:
     """Random heterogeneous masks over all channel groups; masking never touches a parameter."""
     from compactmlip.compress.apply import prune
 
     graph = channel_graph(model.spec)
-    masks = {}
-    for name, group in graph.groups.items():
-        if group.space is None:
-            continue
-        mask = rng.random(group.size) < rng.uniform(0.3, 0.9)
-        mask[rng.integers(group.size)] = True
-        masks[name] = mask
+    masks = random_masks(model, rng)
     pruned = prune(model, masks)
     count = sum(p.numel() for p in pruned.parameters())
     assert count < sum(p.numel() for p in model.parameters())

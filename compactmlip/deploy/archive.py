@@ -93,6 +93,23 @@ class Accuracy(_Frozen):
     stress_max: float | None
 
 
+class Tables(_Frozen):
+    """Tables of radial functions in a lowered model: size, largest errors that they cause, and the bounds.
+
+    Errors are those of a float64 model with the tables against the one without: of an atom's energy (eV) and
+    of a force component (eV/Angstrom), where either is above 10 as if it were scaled to 10.  Points are evenly
+    spaced from 0 to the cutoff; ``values_per_knot`` is 2 for cubic interpolation (value and slope) and 3 for
+    quintic (second derivative as well).
+    """
+
+    knots: int
+    values_per_knot: int
+    energy_error: float
+    force_error: float
+    energy_bound: float
+    force_bound: float
+
+
 class Binary(_Frozen):
     """What machine code is bound to, apart from torch's version."""
 
@@ -104,7 +121,8 @@ class Deployment(_Frozen):
     """What is known about a deployed file beyond the spec of its model.
 
     ``precision`` and ``accuracy`` are None or empty in files of older releases.  ``tf32`` allows matrix
-    products on NVIDIA GPUs to round their operands to 10 bits.
+    products on NVIDIA GPUs to round their operands to 10 bits.  ``tables`` is None where radial networks are
+    evaluated as they are.
     """
 
     format_version: int = DEPLOYED_VERSION
@@ -116,6 +134,7 @@ class Deployment(_Frozen):
     source_sha256: str | None = None
     self_check: SelfCheck
     accuracy: tuple[Accuracy, ...] = ()
+    tables: Tables | None = None
     binary: Binary | None = None
 
 

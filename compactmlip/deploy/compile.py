@@ -26,18 +26,20 @@ from compactmlip.deploy.archive import (
     Deployment,
     Precision,
     SelfCheck,
+    Tables,
     inspect,
     quiet_torchscript,
     to_json,
 )
 from compactmlip.deploy.engine import load_code
+from compactmlip.deploy.lower.lower import lower
 from compactmlip.deploy.matmul import matmul_precision
 from compactmlip.deploy.package import this_machine
 from compactmlip.deploy.precision import in_precision, input_dtype
-from compactmlip.deploy.selfcheck import TOLERANCES, UNCHECKED, SelfChecker
-from compactmlip.errors import CheckpointError, InputError, KernelError, did_you_mean
+from compactmlip.deploy.selfcheck import TABLES, TOLERANCES, UNCHECKED, SelfChecker
+from compactmlip.errors import CheckpointError, InputError, KernelError, LoweringError, did_you_mean
 from compactmlip.kernels.build import VARIABLE, load as load_kernels, mode, without_kernels
-from compactmlip.models import cast, model_spec
+from compactmlip.models import cast, exact_copy, model_spec
 from compactmlip.models.linear import ConstantWeight, ScaledWeight
 from compactmlip.spec import ModelSpec
 
@@ -58,6 +60,10 @@ class CompileReport:
         Deviations from the float64 model, as the check sees them.
     accuracy
         Errors against the float64 model in units.
+    tables
+        Size and errors of the tables of a lowered model.
+    note
+        Why a model for compiled operators was not lowered; empty if it was, or was not to be.
     num_bytes, sha256
         Size and digest of the file.
     """
@@ -67,6 +73,8 @@ class CompileReport:
     precision: Precision
     self_check: SelfCheck
     accuracy: tuple[Accuracy, ...]
+    tables: Tables | None
+    note: str
     num_bytes: int
     sha256: str
 
@@ -96,8 +104,9 @@ def compile_model(
         Precision of the file, see :mod:`compactmlip.deploy.precision`.  Energies are summed in float64 in
         any case.
     backend
-        "torch" for a file that needs torch only; "kernels" for one that calls the compiled operators,
-        which is several times faster and runs on the CPU, where there is a C++ compiler; "aoti" for
+        "torch" for a file that needs torch only; "kernels" for a lowered model (see
+        :mod:`compactmlip.deploy.lower`) that calls the compiled operators, which is an order of magnitude
+        faster and runs on the CPU, where there is a C++ compiler; "aoti" for
         machine code that runs with this version of torch on processors like this one.
     check_structures
         Structures to check on; made from the model's species if None.
@@ -125,10 +134,12 @@ def compile_model(
     source = None
     if not isinstance(model, nn.Module):
         source, model = Path(model), load(model)
-    original = cast(copy.deepcopy(model).cpu().eval().requires_grad_(False), torch.float64)
+    original = exact_copy(model)
     spec = _deployed_spec(original, dtype)
     checker = SelfChecker(original, spec, check_structures, calibration)
-    code = _compiled(original, checker.largest_graph(), backend, dtype)
+    with _operators(backend), matmul_precision():
+        made = prepared(original, backend, dtype, checker)
+        code = _compiled(made.module, checker.largest_graph().to(dtype=input_dtype(dtype)), backend)
     deployment = Deployment(
         compactmlip_version=__version__,
         torch_version=str(torch.__version__),
@@ -137,17 +148,20 @@ def compile_model(
         tf32=tf32,
         source_sha256=sha256(source) if source else None,
         self_check=UNCHECKED,
+        tables=made.tables,
         binary=this_machine() if backend == "aoti" else None,
     )
+
+    tolerances = TOLERANCES[dtype] if made.tables is None else TOLERANCES[dtype].plus(TABLES)
 
     def write(path: Path) -> None:
         code(path, {})
         evaluate = load_code(path, spec, deployment)
-        check = checker.compare(evaluate, dtype, TOLERANCES[dtype])
+        check = checker.compare(evaluate, dtype, tolerances)
         found = {"self_check": check, "accuracy": checker.measure(evaluate, dtype)}
         # The results are part of the file, so the file is written again, and checked again.
         code(path, {ENTRY: to_json(spec, deployment.model_copy(update=found))})
-        checker.compare(load_code(path, spec, deployment), dtype, TOLERANCES[dtype])
+        checker.compare(load_code(path, spec, deployment), dtype, tolerances)
 
     atomic_write(output, write)
     deployed_spec, written = inspect(output)
@@ -157,17 +171,34 @@ def compile_model(
         dtype,
         written.self_check,
         written.accuracy,
+        written.tables,
+        made.note,
         output.stat().st_size,
         sha256(output),
     )
 
 
-def prepared(original: nn.Module, backend: Backend, precision: Precision) -> nn.Module:
+@dataclass(frozen=True)
+class Prepared:
+    """A module that is ready to be compiled."""
+
+    module: nn.Module
+    tables: Tables | None = None
+    note: str = ""
+
+
+def prepared(original: nn.Module, backend: Backend, precision: Precision, checker: SelfChecker) -> Prepared:
     """Return the module that is compiled: same inputs and outputs as the original, nothing to train.
 
     ``original`` is a native model in float64 and is not changed.
     """
-    return in_precision(with_constants(original), precision)
+    if backend != "kernels":
+        return Prepared(in_precision(with_constants(original), precision))
+    try:
+        lowered = lower(original, checker.graphs + checker.calibration)
+    except LoweringError as error:
+        return Prepared(in_precision(with_constants(original), precision), note=f"not lowered: {error}")
+    return Prepared(in_precision(with_constants(lowered.module), precision), lowered.tables)
 
 
 def with_constants(model: nn.Module) -> nn.Module:
@@ -213,15 +244,12 @@ Code = Callable[[Path, dict[str, str]], None]
 """Writes compiled code to a file, with further entries."""
 
 
-def _compiled(original: nn.Module, example: GraphBatch, backend: Backend, precision: Precision) -> Code:
-    with _operators(backend), matmul_precision():
-        module = prepared(original, backend, precision)
-        example = example.to(dtype=input_dtype(precision))
-        if backend != "aoti":
-            return partial(_save, trace(module, example))
-        from compactmlip.deploy.aoti import compile_package, write_package
+def _compiled(module: nn.Module, example: GraphBatch, backend: Backend) -> Code:
+    if backend != "aoti":
+        return partial(_save, trace(module, example))
+    from compactmlip.deploy.aoti import compile_package, write_package
 
-        return partial(write_package, compile_package(module, example))
+    return partial(write_package, compile_package(module, example))
 
 
 def _check_options(output: Path, precision: Precision, backend: Backend, tf32: bool) -> None:

@@ -22,11 +22,12 @@ import torch
 from torch import nn
 
 from compactmlip.deploy.archive import DTYPES, Precision
+from compactmlip.deploy.lower.dense import Dense, SpeciesDense
 from compactmlip.errors import UnsupportedFeatureError
 from compactmlip.models import FLOAT64_BUFFERS
 from compactmlip.models.linear import NormedMLP, Weight
 
-DENSE: list[type[nn.Module]] = [Weight, NormedMLP]
+DENSE: list[type[nn.Module]] = [Weight, NormedMLP, Dense, SpeciesDense]
 """Classes whose products obey an attribute ``precision``: None, "bf16" or "float64"."""
 
 GEOMETRY = ("basis", "radial", "harmonics", "repulsion")

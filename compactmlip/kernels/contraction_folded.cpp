@@ -13,26 +13,14 @@
 
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
-#include <ATen/core/Tensor.h>
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
-#include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
-#include <algorithm>
-#include <array>
-#include <optional>
-#include <vector>
-
+#include "lists.h"
 #include "simd.h"
 
 namespace compactmlip {
 namespace {
-
-using at::Tensor;
-using at::TensorList;
-using torch::autograd::AutogradContext;
-using torch::autograd::variable_list;
 
 // Channels whose weights are neighbours in memory; a multiple of every kLanes.
 constexpr int64_t kBlock = 16;
@@ -58,32 +46,6 @@ const Program<T>& program_of(int64_t identity) {
   TORCH_CHECK(false, "compactmlip::contract_folded: this library has no program ", identity,
               "; the model was compiled with another version: compile it again");
 }
-
-// ---- rows -------------------------------------------------------------------------------------------
-
-// Rows (component or output) of one atom in one or more tensors (atoms, rows, channels), whose channels
-// are neighbours in memory.
-template <class T>
-struct Rows {
-  struct Part {
-    T* data;
-    int64_t rows, atom_stride, row_stride;
-  };
-  std::vector<Part> parts;
-
-  void add(const Tensor& t) {
-    parts.push_back({t.numel() ? static_cast<T*>(t.data_ptr()) : nullptr, t.size(1), t.stride(0), t.stride(1)});
-  }
-  int64_t of_atom(int64_t i, T** to) const {
-    int64_t n = 0;
-    for (const Part& part : parts)
-      for (int64_t k = 0; k < part.rows; ++k)
-        to[n++] = part.data + i * part.atom_stride + k * part.row_stride;
-    return n;
-  }
-};
-
-Tensor with_close_channels(const Tensor& t) { return t.stride(2) == 1 || t.size(2) == 1 ? t : t.contiguous(); }
 
 struct Folded {
   std::vector<Tensor> x;
@@ -238,47 +200,17 @@ std::vector<Tensor> folded_backward_meta(const Tensor&, TensorList x, const Tens
 
 // ---- derivatives ------------------------------------------------------------------------------------
 
-template <typename Function, typename... Arguments>
-auto call(const char* name, const Arguments&... arguments) {
-  const auto handle = c10::Dispatcher::singleton().findSchemaOrThrow(name, "");
-  return handle.template typed<Function>().call(arguments...);
-}
-
-#define CALL(function, ...) call<decltype(function)>("compactmlip::" #function, __VA_ARGS__)
-
-using OptionalTensor = std::optional<Tensor>;
-
-// Autograd looks for tensors among the arguments of a function, not in lists.
-constexpr size_t kMaxParts = 4;
-using Parts = std::array<OptionalTensor, kMaxParts>;
-
-Parts parts_of(TensorList x) {
-  TORCH_CHECK(!x.empty() && x.size() <= kMaxParts, "compactmlip::contract_folded: x must be 1 to ", kMaxParts,
-              " tensors, not ", x.size());
-  Parts parts;
-  std::copy(x.begin(), x.end(), parts.begin());
-  return parts;
-}
-
-variable_list list_of(const Parts& parts) {
-  variable_list list;
-  for (const OptionalTensor& part : parts)
-    if (part) list.push_back(*part);
-  return list;
-}
-
 struct FoldedFunction : torch::autograd::Function<FoldedFunction> {
-  static Tensor forward(AutogradContext* context, const OptionalTensor& a, const OptionalTensor& b,
-                        const OptionalTensor& c, const OptionalTensor& d, const Tensor& weights,
-                        const Tensor& species, int64_t program, int64_t rows) {
+  static Tensor forward(AutogradContext* context, PARTS(x), const Tensor& weights, const Tensor& species,
+                        int64_t program, int64_t rows) {
     at::AutoDispatchBelowADInplaceOrView below;
-    const variable_list x = list_of({a, b, c, d});
+    const variable_list x = list_of({ALL_PARTS(x)});
     variable_list saved(x);
     saved.push_back(weights);
     saved.push_back(species);
     context->save_for_backward(saved);
     context->saved_data["program"] = program;
-    return CALL(contract_folded, TensorList(x), weights, species, program, rows);
+    return CALL_OPERATOR(contract_folded, TensorList(x), weights, species, program, rows);
   }
 
   static variable_list backward(AutogradContext* context, const variable_list& grads) {
@@ -286,8 +218,9 @@ struct FoldedFunction : torch::autograd::Function<FoldedFunction> {
     if (!grads[0].defined()) return result;
     const auto saved = context->get_saved_variables();
     const size_t n = saved.size() - 2;
-    const std::vector<Tensor> x = CALL(contract_folded_backward, grads[0], TensorList(saved.data(), n),
-                                       saved[n], saved[n + 1], context->saved_data["program"].toInt());
+    const std::vector<Tensor> x =
+        CALL_OPERATOR(contract_folded_backward, grads[0], TensorList(saved.data(), n), saved[n],
+                      saved[n + 1], context->saved_data["program"].toInt());
     std::copy(x.begin(), x.end(), result.begin());
     return result;
   }
@@ -295,12 +228,11 @@ struct FoldedFunction : torch::autograd::Function<FoldedFunction> {
 
 // The gradient, as something that must not be differentiated again.
 struct FoldedBackward : torch::autograd::Function<FoldedBackward> {
-  static variable_list forward(AutogradContext*, const Tensor& grad, const OptionalTensor& a,
-                               const OptionalTensor& b, const OptionalTensor& c, const OptionalTensor& d,
-                               const Tensor& weights, const Tensor& species, int64_t program) {
+  static variable_list forward(AutogradContext*, const Tensor& grad, PARTS(x), const Tensor& weights,
+                               const Tensor& species, int64_t program) {
     at::AutoDispatchBelowADInplaceOrView below;
-    const variable_list x = list_of({a, b, c, d});
-    return CALL(contract_folded_backward, grad, TensorList(x), weights, species, program);
+    const variable_list x = list_of({ALL_PARTS(x)});
+    return CALL_OPERATOR(contract_folded_backward, grad, TensorList(x), weights, species, program);
   }
 
   static variable_list backward(AutogradContext*, const variable_list&) {
@@ -318,15 +250,15 @@ void refuse_weights(const Tensor& weights) {
 Tensor folded_autograd(TensorList x, const Tensor& weights, const Tensor& species, int64_t program,
                        int64_t rows) {
   refuse_weights(weights);
-  const auto [a, b, c, d] = parts_of(x);
-  return FoldedFunction::apply(a, b, c, d, weights, species, program, rows);
+  const auto [ALL_PARTS(p)] = parts_of(x, "compactmlip::contract_folded");
+  return FoldedFunction::apply(ALL_PARTS(p), weights, species, program, rows);
 }
 
 std::vector<Tensor> folded_backward_autograd(const Tensor& grad, TensorList x, const Tensor& weights,
                                              const Tensor& species, int64_t program) {
   refuse_weights(weights);
-  const auto [a, b, c, d] = parts_of(x);
-  return FoldedBackward::apply(grad, a, b, c, d, weights, species, program);
+  const auto [ALL_PARTS(p)] = parts_of(x, "compactmlip::contract_folded");
+  return FoldedBackward::apply(grad, ALL_PARTS(p), weights, species, program);
 }
 
 }  // namespace

@@ -83,7 +83,7 @@ def contract_folded_reference(
     values: list[Tensor] = []
     for node in program.forward.nodes:
         if isinstance(node, Input):
-            values.append(rows[node.index])
+            values.append(rows[node.row])
             continue
         total: Tensor | None = None
         for kind, factor, k in node:

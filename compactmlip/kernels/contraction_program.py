@@ -36,7 +36,7 @@ class Input(NamedTuple):
     """A row of the features or of the gradient."""
 
     source: Literal["x", "grad"]
-    index: int
+    row: int
 
 
 class Term(NamedTuple):

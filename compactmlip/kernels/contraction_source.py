@@ -27,9 +27,7 @@ COMPILED: tuple[tuple[tuple[int, ...], tuple[int, ...], int], ...] = tuple(
 """Orders of the features, orders of the outputs and degree of the programs in the library."""
 
 
-def compiled_program(
-    orders: Iterable[int], outputs: Iterable[int], degree: int
-) -> ContractionProgram | None:
+def compiled_program(orders: Iterable[int], outputs: Iterable[int], degree: int) -> ContractionProgram | None:
     """Program of a contraction if it is in the library."""
     key = (tuple(sorted(orders)), tuple(sorted(outputs)), degree)
     return contraction_program(*key) if key in COMPILED else None
@@ -42,7 +40,10 @@ def programs_source() -> str:
     entries = []
     for p in programs:
         assert p is not None
-        parts += [_function(f"forward_{p.identity}", p.forward), _function(f"gradient_{p.identity}", p.gradient)]
+        parts += [
+            _function(f"forward_{p.identity}", p.forward),
+            _function(f"gradient_{p.identity}", p.gradient),
+        ]
         numbers = f"{p.identity}LL, {p.components}, {p.rows}, {p.mixing.shape[1]}"
         entries.append(f"    {{{numbers}, forward_{p.identity}<T>, gradient_{p.identity}<T>}},")
     table = "template <class T>\ninline const Program<T> kPrograms[] = {\n" + "\n".join(entries) + "\n};\n"
@@ -52,11 +53,12 @@ def programs_source() -> str:
 def _function(name: str, sweep: Sweep) -> str:
     lines = [
         "template <class T>",
-        f"void {name}(const T* const* x, const T* const* grad, const T* w, T* const* out, int64_t channel) {{",
+        f"void {name}(const T* const* x, const T* const* grad, const T* w, T* const* out,",
+        "    int64_t channel) {",
     ]
     for k, node in enumerate(sweep.nodes):
         if isinstance(node, Input):
-            value = f"load(&{node.source}[{node.index}][channel])"
+            value = f"load(&{node.source}[{node.row}][channel])"
         else:
             value = " ".join(_term(t, first=n == 0) for n, t in enumerate(node))
         lines.append(f"  const Vec<T> n{k} = {value};")

@@ -136,9 +136,9 @@ void run(CONVOLUTION_ARGUMENTS, Outputs& to) {
   const Tensor z = species.contiguous();
   const Edges edges = sort_edges(i, j, nodes);
   const std::vector<Tensor> h = readable(features, plan, nodes, r.scalar_type());
-  const T per_angstrom = static_cast<T>((table.size(1) - 1) / cutoff);
+  const double per_angstrom = static_cast<double>(table.size(1) - 1) / cutoff;
   Problem<T> s{plan,
-               {table.const_data_ptr<T>(), table.size(1), static_cast<T>(cutoff), per_angstrom,
+               {table.const_data_ptr<T>(), table.size(1), cutoff, per_angstrom,
                 pairs.size(0) ? pairs.const_data_ptr<int64_t>() : nullptr, pairs.size(0)},
                r.const_data_ptr<T>(), coefficients.const_data_ptr<T>(), z.const_data_ptr<int64_t>(),
                j.const_data_ptr<int64_t>(), edges, features.empty(), {}, {}, {}, nullptr, {}};

@@ -21,7 +21,7 @@ template <class T>
 struct Table {
   const T* values;  // (types, knots, values per knot, columns)
   int64_t knots;
-  T cutoff, per_angstrom;  // intervals per Angstrom
+  double cutoff, per_angstrom;  // intervals per Angstrom
   const int64_t* pairs;    // (species, species) type by species of centre and neighbour, or null
   int64_t num_species;
 };
@@ -38,15 +38,14 @@ struct alignas(64) Tile {
 
 // Hermite interpolation between two knots with value and derivative (2 values per knot), or second derivative
 // as well (3); derivatives are per interval.
-template <class T>
-inline void hermite(int values, T u, T* w, T* d) {
-  const T v = 1 - u;
+inline void hermite(int values, double u, double* w, double* d) {
+  const double v = 1 - u;
   if (values == 2) {
     w[0] = (1 + 2 * u) * v * v, w[1] = u * v * v, w[2] = u * u * (3 - 2 * u), w[3] = -u * u * v;
     d[0] = -6 * u * v, d[1] = v * (1 - 3 * u), d[2] = 6 * u * v, d[3] = u * (3 * u - 2);
     return;
   }
-  const T u2 = u * u, u3 = u2 * u, v2 = v * v, v3 = v2 * v;
+  const double u2 = u * u, u3 = u2 * u, v2 = v * v, v3 = v2 * v;
   w[0] = v3 * (1 + u * (3 + 6 * u)), w[1] = v3 * u * (1 + 3 * u), w[2] = v3 * u2 / 2;
   w[3] = u3 * (1 + v * (3 + 6 * v)), w[4] = -u3 * v * (1 + 3 * v), w[5] = u3 * v2 / 2;
   d[0] = -30 * u2 * v2, d[1] = v2 * (1 + u * (2 - 15 * u)), d[2] = v2 * u * (2 - 5 * u) / 2;
@@ -63,26 +62,32 @@ inline void read_tile(Tile<T>& t, const Plan& plan, const Table<T>& table, const
     const int64_t edge = t.edge[std::min(e, t.count - 1)];
     for (int k = 0; k < 3; k++) t.direction[k][e] = vectors[3 * edge + k];
   }
+  // Distances are in double precision throughout: the place between two knots costs digits, and little time.
+  double length[kTile];
   EACH_EDGE {
-    const T x = t.direction[0][e], y = t.direction[1][e], z = t.direction[2][e];
-    t.length[e] = std::sqrt(x * x + y * y + z * z);
-    t.inverse[e] = 1 / t.length[e];
+    const double x = t.direction[0][e], y = t.direction[1][e], z = t.direction[2][e];
+    length[e] = std::sqrt(x * x + y * y + z * z);
+    const double inverse = 1 / length[e];
+    t.length[e] = static_cast<T>(length[e]);
+    t.inverse[e] = static_cast<T>(inverse);
+    t.direction[0][e] = static_cast<T>(x * inverse);
+    t.direction[1][e] = static_cast<T>(y * inverse);
+    t.direction[2][e] = static_cast<T>(z * inverse);
   }
-  for (int k = 0; k < 3; k++) EACH_EDGE t.direction[k][e] *= t.inverse[e];
   for (int e = 0; e < t.count; e++) {
-    const T r = t.length[e];
     int64_t type = 0;
     if (table.pairs) type = table.pairs[species[center] * table.num_species + species[neighbors[t.edge[e]]]];
-    const bool inside = r < table.cutoff;
-    const T position = inside ? r * table.per_angstrom : 0;
+    const bool inside = length[e] < table.cutoff;
+    const double position = inside ? length[e] * table.per_angstrom : 0;
     const int64_t knot = std::min(static_cast<int64_t>(position), table.knots - 2);
-    T w[6], d[6];
-    hermite<T>(values, position - static_cast<T>(knot), w, d);
+    double w[6], d[6];
+    hermite(values, position - static_cast<double>(knot), w, d);
     // Zero beyond the cutoff; what is not a number must not look like one.
-    const T scale = inside ? T(1) : r >= table.cutoff ? T(0) : std::numeric_limits<T>::quiet_NaN();
+    const double scale =
+        inside ? 1.0 : length[e] >= table.cutoff ? 0.0 : std::numeric_limits<double>::quiet_NaN();
     for (int k = 0; k < 2 * values; k++) {
-      t.weight[k][e] = scale * w[k];
-      t.slope[k][e] = scale * d[k] * table.per_angstrom;
+      t.weight[k][e] = static_cast<T>(scale * w[k]);
+      t.slope[k][e] = static_cast<T>(scale * d[k] * table.per_angstrom);
     }
     t.row[e] = table.values + (type * table.knots + knot) * values * plan.columns;
   }

@@ -53,11 +53,17 @@ def multiply(x: Tensor, weight: Tensor, precision: str | None) -> Tensor:
     With precision "bf16" both operands are rounded to bfloat16; products are summed in, and the result
     has, the precision of ``x``.  With "float64" operands and result are float64.  None changes nothing.
     """
-    if precision == "bf16":
-        return x.to(torch.bfloat16).to(x.dtype) @ weight.to(torch.bfloat16).to(x.dtype)
-    if precision == "float64":
-        return x.to(torch.float64) @ weight.to(torch.float64)
+    x, weight = operands(x, weight, precision)
     return x @ weight
+
+
+def operands(x: Tensor, weight: Tensor, precision: str | None) -> tuple[Tensor, Tensor]:
+    """Factors of a dense product as :func:`multiply` has them."""
+    if precision == "bf16":
+        return x.to(torch.bfloat16).to(x.dtype), weight.to(torch.bfloat16).to(x.dtype)
+    if precision == "float64":
+        return x.to(torch.float64), weight.to(torch.float64)
+    return x, weight
 
 
 class Weight(nn.Module):

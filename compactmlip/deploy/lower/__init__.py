@@ -3,9 +3,3 @@
 Radial networks become tables, features that depend on the species only are folded into them, consecutive
 linear maps are merged, and channels are padded to whole vectors.
 """
-
-from __future__ import annotations
-
-from compactmlip.deploy.lower.lower import Lowered, TableErrors, lower
-
-__all__ = ["Lowered", "TableErrors", "lower"]

@@ -132,6 +132,7 @@ class SplineConvolution(nn.Module):
         assert tuple(paths) == shape.paths
         self.sizes, self.channels = tuple(sizes), [padded(size) for size in sizes]
         self.paths = [l for path in paths for l in path]
+        self.orders = frozenset(path[2] for path in paths)
         self.cutoff, self.unit = grid.cutoff, unit
         num_bytes = 4 * len(functions) * grid.knots * grid.values_per_knot * sum(self.channels)
         if num_bytes > MAX_TABLE_BYTES:
@@ -169,7 +170,7 @@ class SplineConvolution(nn.Module):
             self.channels,
             self.cutoff,
         )
-        return [m if m.shape[-1] else None for m in found]
+        return [m if l in self.orders else None for l, m in enumerate(found)]
 
 
 def sum_of_neighbors(

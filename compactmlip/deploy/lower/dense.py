@@ -7,8 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from compactmlip.kernels.build import usable
-from compactmlip.models.linear import EquivariantLinear
+from compactmlip.models.linear import EquivariantLinear, multiply, operands
 
 
 class Dense(nn.Module):
@@ -24,6 +23,7 @@ class Dense(nn.Module):
 
     weight: Tensor
     bias: Tensor | None
+    precision: str | None = None
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         super().__init__()
@@ -32,7 +32,7 @@ class Dense(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the map."""
-        out = x @ self.weight
+        out = multiply(x, self.weight, self.precision)
         return out if self.bias is None else out + self.bias
 
 
@@ -40,6 +40,7 @@ class SpeciesDense(nn.Module):
     """``x[i] @ weight[species[i]]`` over the last axis; weight (species, in, out)."""
 
     weight: Tensor
+    precision: str | None = None
 
     def __init__(self, weight: Tensor) -> None:
         super().__init__()
@@ -47,10 +48,9 @@ class SpeciesDense(nn.Module):
 
     def forward(self, x: Tensor, species: Tensor) -> Tensor:
         """Apply the map to (n_nodes, components, in)."""
-        if usable(x):
-            out: Tensor = torch.ops.compactmlip.species_linear(x, self.weight, species)
-            return out
-        return torch.bmm(x, self.weight.index_select(0, species))
+        x, weight = operands(x, self.weight, self.precision)
+        out: Tensor = torch.ops.compactmlip.species_linear(x, weight, species)
+        return out
 
 
 class PerOrder(nn.Module):

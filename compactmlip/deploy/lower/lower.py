@@ -7,12 +7,16 @@ import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+import torch
 from torch import Tensor, nn
 
 from compactmlip.data.graph import GraphBatch, energy_and_derivatives
+from compactmlip.deploy.archive import Tables
 from compactmlip.deploy.lower.convolution import Grid
 from compactmlip.errors import LoweringError
 from compactmlip.models import exact_copy, model_spec
+from compactmlip.spec import ModelSpec
 
 LOWERED = {
     "mace": ("compactmlip.deploy.lower.mace", "LoweredMACE"),
@@ -35,26 +39,11 @@ INTERVALS = (60, 80, 120, 160, 240, 320, 480, 640, 960, 1280)
 
 
 @dataclass(frozen=True)
-class TableErrors:
-    """Largest errors that the tables cause, in float64, and what was allowed.
-
-    Energies in eV per atom, forces in eV/Angstrom; for large ones the same fraction of :data:`LARGE`.
-    """
-
-    knots: int
-    values_per_knot: int
-    energy_error: float
-    force_error: float
-    energy_bound: float
-    force_bound: float
-
-
-@dataclass(frozen=True)
 class Lowered:
-    """A lowered model in float64 and the errors of its tables."""
+    """A lowered model in float64, and size and errors of its tables."""
 
     module: nn.Module
-    errors: TableErrors
+    tables: Tables
 
 
 def lower_on_grid(model: nn.Module, knots: int, values_per_knot: int = 3) -> nn.Module:
@@ -91,7 +80,7 @@ def lower(
     model
         A native model; it is not changed.
     graphs
-        Structures (float64) on which errors are measured.
+        Structures (float64) on which errors are measured, besides pairs of atoms at all distances.
     energy_bound, force_bound
         Largest errors of an atom's energy (eV) and of a force component (eV/Angstrom).
 
@@ -101,6 +90,7 @@ def lower(
         If the family has no lowered form, or no tables keep the bounds.
     """
     original = exact_copy(model)
+    graphs = [*graphs, dimers(model_spec(model))]
     expected = [energy_and_derivatives(original, graph) for graph in graphs]
     shifts = [original.energy_shift.index_select(0, graph.species) for graph in graphs]
     for intervals, values in itertools.product(INTERVALS, (3, 2)):
@@ -111,11 +101,52 @@ def lower(
             energy = max(energy, _error(found.node_energies, reference.node_energies, shift))
             force = max(force, _error(found.forces, reference.forces))
         if energy <= energy_bound and force <= force_bound:
-            errors = TableErrors(intervals + 1, values, energy, force, energy_bound, force_bound)
-            return Lowered(module, errors)
+            tables = Tables(
+                knots=intervals + 1,
+                values_per_knot=values,
+                energy_error=energy,
+                force_error=force,
+                energy_bound=energy_bound,
+                force_bound=force_bound,
+            )
+            return Lowered(module, tables)
     raise LoweringError(
         f"tables with {intervals + 1} knots still cause errors of {energy:.1e} eV/atom and {force:.1e} "
         f"eV/Angstrom, above the bounds {energy_bound:.0e} and {force_bound:.0e}"
+    )
+
+
+SHORTEST = 0.5
+"""Angstrom: closest pair on which tables are tested."""
+
+MAX_PAIRS = 32
+"""Pairs of species that are tested, chosen at random where there are more."""
+
+
+def dimers(spec: ModelSpec) -> GraphBatch:
+    """Pairs of atoms at distances up to the cutoff, close to each other near it, as one graph."""
+    species = range(len(spec.species))
+    pairs = list(itertools.combinations_with_replacement(species, 2))
+    rng = np.random.default_rng(0)
+    if len(pairs) > MAX_PAIRS:
+        pairs = [pairs[k] for k in rng.choice(len(pairs), MAX_PAIRS, replace=False)]
+    cutoff = spec.cutoff
+    distances = np.concatenate(
+        [np.linspace(SHORTEST, cutoff - 0.1, 301), np.linspace(cutoff - 0.1, cutoff, 60)[1:-1]]
+    )
+    count = len(pairs) * len(distances)
+    directions = rng.normal(size=(count, 3))
+    directions /= np.linalg.norm(directions, axis=1, keepdims=True)
+    vectors = np.tile(distances, len(pairs))[:, None] * directions
+    first = torch.arange(0, 2 * count, 2)
+    return GraphBatch(
+        species=torch.tensor(np.repeat(np.array(pairs), len(distances), axis=0).reshape(-1)),
+        centers=torch.stack([first, first + 1], dim=1).reshape(-1),
+        neighbors=torch.stack([first + 1, first], dim=1).reshape(-1),
+        vectors=torch.tensor(np.stack([vectors, -vectors], axis=1).reshape(-1, 3)),
+        structure=torch.zeros(2 * count, dtype=torch.long),
+        num_atoms=torch.tensor([2 * count]),
+        volumes=torch.tensor([float("nan")], dtype=torch.float64),
     )
 
 

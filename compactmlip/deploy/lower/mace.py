@@ -12,6 +12,7 @@ import copy
 import torch
 from torch import Tensor, nn
 
+from compactmlip.deploy.lower.contraction import FoldedContraction
 from compactmlip.deploy.lower.convolution import (
     Graph,
     Grid,
@@ -25,8 +26,8 @@ from compactmlip.deploy.lower.convolution import (
 )
 from compactmlip.deploy.lower.dense import Dense, PerOrder, SpeciesDense, SpeciesRows, constant, weights_of
 from compactmlip.deploy.lower.splines import RadialFunction
+from compactmlip.kernels.gate import gate
 from compactmlip.models.contraction import SymmetricContraction
-from compactmlip.models.gate import gate, normalised_sigmoid
 from compactmlip.models.linear import add_features, normalised_silu
 from compactmlip.models.mace import MACE, Interaction, MACEBlock, Readout
 
@@ -136,7 +137,7 @@ class LoweredInteraction(nn.Module):
         if self.shape.interaction == "nonlinear":
             sent: Features = [self.sent(species)] if self.first else up
             total_features = add_features(messages, self.residual(sent, species), len(messages))
-            mixed: Features = self.mix(gate(total_features, self.shape.inner, normalised_sigmoid), species)
+            mixed: Features = self.mix(gate(total_features, self.shape.inner, sigmoid=True), species)
             return mixed
         mapped: Features = self.species_map(messages, species) if self.shape.species_map else messages
         return mapped
@@ -146,17 +147,12 @@ class LoweredInteraction(nn.Module):
         return [None if m is None else m[:, :, : sizes[l]] for l, m in enumerate(messages)]
 
 
-def constant_contraction(contraction: SymmetricContraction) -> SymmetricContraction:
-    """Copy with weights of the independent products."""
-    made = copy.deepcopy(contraction)
-    for L, nu in contraction.tables:
-        key = f"{L}_{nu}"
-        weight = contraction.combined_weights(L, nu).detach().clone()
-        made.weights[key] = nn.Parameter(weight, requires_grad=False)
-        if f"mixing_{key}" in made._buffers:
-            del made._buffers[f"mixing_{key}"]
-    made.parametrisation = "independent"
-    return made
+def in_all_channels(weight: Tensor, contraction: SymmetricContraction, L: int) -> Tensor:
+    """Map (channels of order L, out) with zero rows for the contraction's channels that order L lacks."""
+    index = getattr(contraction, f"output_{L}")
+    if index is None:
+        return weight
+    return weight.new_zeros(contraction.width, weight.shape[1]).index_copy(0, index, weight)
 
 
 class LoweredReadout(nn.Module):
@@ -191,7 +187,8 @@ class LoweredLayer(nn.Module):
         last = t + 1 == len(model.layers)
         self.num_orders = 1 if last else len(block.shape.out)
         self.interaction = LoweredInteraction(model, t, grid)
-        self.contraction = constant_contraction(block.contraction)
+        self.contraction = FoldedContraction(block.contraction)
+        self.outputs = block.contraction.outputs
         linear = weights_of(block.linear)
         skip = {} if block.skip is None else weights_of(block.skip)
         self.readout: LoweredReadout | None = None
@@ -201,6 +198,7 @@ class LoweredLayer(nn.Module):
             assert block.readout is not None
             first = block.readout.maps[0]().detach()
             linear, skip = ({0: w[0] @ first} if 0 in w else {} for w in (linear, skip))
+        linear = {l: in_all_channels(w, block.contraction, l) for l, w in linear.items()}
         self.linear = PerOrder({l: Dense(w) for l, w in linear.items()})
         self.skip_rows: SpeciesRows | None = None
         self.skip: PerOrder | None = None
@@ -213,8 +211,7 @@ class LoweredLayer(nn.Module):
     def forward(self, x: Features, graph: Graph) -> tuple[Features, Tensor | None]:
         """Features after this layer, and its part of the energy (n_nodes,)."""
         atomic = self.interaction(x, graph)
-        product = self.contraction(atomic, graph.species)
-        new: Features = self.linear(product, graph.species)
+        new: Features = self.linear(self._products(atomic, graph.species), graph.species)
         if self.skip_rows is not None:
             new = add_features(new, [self.skip_rows(graph.species)], self.num_orders)
         elif self.skip is not None:
@@ -224,6 +221,15 @@ class LoweredLayer(nn.Module):
             assert new[0] is not None
             energy = self.readout(new[0])
         return new, energy
+
+
+    def _products(self, atomic: Features, species: Tensor) -> Features:
+        """Product basis per order, (n_nodes, 2L+1, channels of the contraction)."""
+        product: Features = [None] * (1 + max(self.outputs))
+        parts = self.contraction(atomic, species).split([2 * L + 1 for L in self.outputs], dim=1)
+        for L, part in zip(self.outputs, parts, strict=True):
+            product[L] = part
+        return product
 
 
 def _rows(embedding: Tensor, weight: Tensor) -> Tensor:
@@ -238,6 +244,7 @@ class LoweredMACE(nn.Module):
 
     energy_scale: Tensor
     energy_shift: Tensor
+    wide_geometry = True  # distances and their tables' weights are in float64 in any case
 
     def __init__(self, model: MACE, grid: Grid) -> None:
         super().__init__()

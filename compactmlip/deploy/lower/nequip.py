@@ -21,7 +21,7 @@ from compactmlip.deploy.lower.convolution import (
 )
 from compactmlip.deploy.lower.dense import Dense, PerOrder, SpeciesDense, SpeciesRows, weights_of
 from compactmlip.deploy.lower.splines import RadialFunction
-from compactmlip.models.gate import gate
+from compactmlip.kernels.gate import gate
 from compactmlip.models.linear import add_features
 from compactmlip.models.nequip import NequIP, NequIPBlock
 
@@ -97,10 +97,12 @@ class Layer(nn.Module):
         skip = {} if block.skip is None else weights_of(block.skip)
         per_species = block.skip is not None and block.skip.per_species
         self.skip = PerOrder({l: SpeciesDense(w) for l, w in skip.items()}) if per_species else None
-        self.sent = {l: w.shape[1] for l, w in up.items()}
+        self.split: dict[int, tuple[int, int]] = {}
         maps: dict[int, nn.Module] = {}
         for l in sorted(set(up) | (set() if per_species else set(skip))):
             parts = [m[l] for m in (up, skip) if l in m and not (per_species and m is skip)]
+            sent = up[l].shape[1] if l in up else 0
+            self.split[l] = sent, sum(p.shape[1] for p in parts) - sent
             bias = None
             if l == 0 and block.up.bias is not None:
                 bias = torch.nn.functional.pad(
@@ -133,17 +135,14 @@ class Layer(nn.Module):
         up: Features = []
         own: Features = []
         for l, made in enumerate(self.maps(x, graph.species)):
-            sent = self.sent.get(l, 0)
-            if made is None:
-                up.append(None)
-                own.append(None)
-            elif sent == 0 or sent == made.shape[-1]:
+            sent, kept = self.split.get(l, (0, 0))
+            if made is None or not (sent and kept):
                 up.append(made if sent else None)
-                own.append(None if sent else made)
-            else:
-                first, second = made.split([sent, made.shape[-1] - sent], dim=-1)
-                up.append(first)
-                own.append(second)
+                own.append(made if kept else None)
+                continue
+            first, second = made.split([sent, kept], dim=-1)
+            up.append(first)
+            own.append(second)
         if self.skip is not None:
             own = self.skip(x, graph.species)
         update = self.down(self.convolution(graph, up), graph.species)
@@ -155,6 +154,7 @@ class LoweredNequIP(nn.Module):
 
     energy_scale: Tensor
     energy_shift: Tensor
+    wide_geometry = True  # distances and their tables' weights are in float64 in any case
 
     def __init__(self, model: NequIP, grid: Grid) -> None:
         super().__init__()

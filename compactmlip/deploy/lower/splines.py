@@ -36,11 +36,23 @@ def tabulate(function: RadialFunction, cutoff: float, knots: int, values_per_kno
 
 
 def _derivatives(function: RadialFunction, r: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Value and first two derivatives, each (K, columns), by forward differentiation."""
-    direction = torch.ones_like(r)
-
-    def first(at: Tensor) -> tuple[Tensor, Tensor]:
-        return torch.func.jvp(function, (at,), (direction,))
-
-    (value, slope), (_, curvature) = torch.func.jvp(first, (r,), (direction,))
+    """Value and first two derivatives, each (K, columns)."""
+    r = r.clone().requires_grad_()
+    with torch.enable_grad():
+        value = function(r)
+        slope = _slope(value, r)
+        curvature = _slope(slope, r)
     return value.detach(), slope.detach(), curvature.detach()
+
+
+def _slope(value: Tensor, r: Tensor) -> Tensor:
+    """d value[k, :] / d r[k], by differentiating a gradient with respect to its weights.
+
+    Forward differentiation would be shorter, but its second derivative of layer_norm is wrong (torch 2.13).
+    """
+    weights = torch.ones_like(value, requires_grad=True)
+    if not value.requires_grad:  # constant
+        return torch.zeros_like(value)
+    (weighted,) = torch.autograd.grad(value, r, weights, create_graph=True)
+    (slope,) = torch.autograd.grad(weighted.sum(), weights, create_graph=True)
+    return slope
