@@ -76,7 +76,8 @@ def drifts(model: nn.Module, options: object, folder: Path) -> list[list[object]
                 calculators["float64"], atoms, temperature_K=temperature, steps=300, seed=seed
             )
             starts.append(start)
-        for mode, calculator in calculators.items():
+        for mode in options.modes:  # type: ignore[attr-defined]
+            calculator = calculators[mode]
             found = [
                 nve(calculator, start, temperature_K=temperature, steps=options.steps).summary  # type: ignore[attr-defined]
                 for start in starts
@@ -105,6 +106,7 @@ def main() -> None:
     options_parser.add_argument("--backend", default="torch", help="of the compiled files")
     options_parser.add_argument("--steps", type=int, default=3000, help="of 1 fs in each NVE run")
     options_parser.add_argument("--temperatures", type=float, nargs="+", default=[300.0, 1000.0], help="K")
+    options_parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES), help="of NVE runs")
     options_parser.add_argument("--nve-only", action="store_true", help="leave the other tables out")
     options_parser.add_argument("--runs", type=int, default=3, help="NVE runs for each mode and temperature")
     options = options_parser.parse_args()

@@ -18,7 +18,7 @@ from compactmlip.data.graph import build_graph, energy_and_derivatives
 from compactmlip.deploy import compile as compiler
 from compactmlip.deploy.archive import ENTRY, INPUTS, Accuracy, inspect
 from compactmlip.deploy.ase import CompactMLIPCalculator
-from compactmlip.deploy.compile import compile_model, prepared, trace
+from compactmlip.deploy.compile import compile_model, trace, with_constants
 from compactmlip.deploy.engine import load_engine
 from compactmlip.deploy.precision import in_precision, input_dtype
 from compactmlip.deploy.selfcheck import random_structures
@@ -96,7 +96,7 @@ def test_errors_grow_as_digits_go(family: str, small_model: nn.Module, tmp_path:
 @pytest.mark.parametrize("family", ["nequip", "density"])
 def test_mixed_keeps_geometry_and_heads_in_float64(family: str, small_model: nn.Module) -> None:
     model = small_model if family == "nequip" else made(family)
-    module = prepared(model, "torch", "mixed")
+    module = in_precision(with_constants(model), "mixed")
     dtypes = {name: buffer.dtype for name, buffer in module.named_buffers() if buffer.is_floating_point()}
     wide = {name for name, dtype in dtypes.items() if dtype == torch.float64}
     for name in dtypes:
@@ -230,7 +230,7 @@ def test_traces_hold_no_device(name: str, precision: Any, make_model: Any, make_
     model = made(variant) if name.startswith("mace") else make_model(make_spec(**VARIANTS[variant]))
     graph = build_graph(random_structures(model.spec)[0], model.spec, torch.float32)
     with without_kernels():
-        traced = trace(prepared(model, "torch", precision), graph)
+        traced = trace(in_precision(with_constants(model), precision), graph)
     operations = traced.inlined_graph  # nodes live as long as it does
     assert device_constants(operations) == []
     if not operations.findAllNodes("aten::nonzero"):  # its shape depends on data, which meta tensors lack
