@@ -35,9 +35,7 @@ class Tolerances:
 
     def plus(self, other: Tolerances) -> Tolerances:
         """Sum of both."""
-        return Tolerances(
-            self.energy + other.energy, self.force + other.force, self.stress + other.stress
-        )
+        return Tolerances(self.energy + other.energy, self.force + other.force, self.stress + other.stress)
 
 
 TOLERANCES: dict[Precision, Tolerances] = {

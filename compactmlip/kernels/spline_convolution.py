@@ -68,7 +68,9 @@ def spline_structure(
     for l1, l2, l3 in ordered:
         start = first_entry.get(l1, 0)
         table = wigner_3j(l1, l2, l3) * math.sqrt(2 * l3 + 1)
-        found = [(start + r * (2 * l1 + 1) + a, l2 * l2 + b) for a, b, r in zip(*np.nonzero(table), strict=True)]
+        found = [
+            (start + r * (2 * l1 + 1) + a, l2 * l2 + b) for a, b, r in zip(*np.nonzero(table), strict=True)
+        ]
         values += [float(v) for v in table[np.nonzero(table)]]
         terms += [(int(entry), int(harmonic)) for entry, harmonic in found]
         counts.append(len(found))
@@ -182,7 +184,8 @@ def spline_convolve_reference(
         messages[l3].append(total.index_add(0, centers, edge))
     empty = vectors.new_zeros
     return [
-        torch.cat(parts, dim=-1) if parts else empty(num_nodes, 2 * l3 + 1, 0) for l3, parts in enumerate(messages)
+        torch.cat(parts, dim=-1) if parts else empty(num_nodes, 2 * l3 + 1, 0)
+        for l3, parts in enumerate(messages)
     ]
 
 

@@ -28,10 +28,15 @@ from compactmlip.models.convolution import message_rows
 
 pytestmark = pytest.mark.usefixtures("kernels")
 
+
 @pytest.fixture(params=["nequip", "mace"])
 def model(request: pytest.FixtureRequest, make_model: Any, make_spec: Any) -> nn.Module:
     made: nn.Module
-    made = mace_models.make_model(mace_models.make_spec()) if request.param == "mace" else make_model(make_spec())
+    made = (
+        mace_models.make_model(mace_models.make_spec())
+        if request.param == "mace"
+        else make_model(make_spec())
+    )
     return made
 
 
@@ -93,7 +98,9 @@ def test_dimer_over_the_whole_range(model: Any) -> None:
     """Energy and force of every pair within the bounds at every distance, the last 0.1 Angstrom included."""
     lowered = lower(model, graphs(model)).module
     cutoff = model.spec.cutoff
-    distances = np.concatenate([np.linspace(0.5, cutoff - 0.1, 60), np.linspace(cutoff - 0.1, cutoff + 0.02, 60)])
+    distances = np.concatenate(
+        [np.linspace(0.5, cutoff - 0.1, 60), np.linspace(cutoff - 0.1, cutoff + 0.02, 60)]
+    )
     for r in distances:
         graph = build_graph(Atoms(model.spec.species[:2], [[0, 0, 0], [0.6 * r, 0, 0.8 * r]]), model.spec)
         found, expected = energy_and_derivatives(lowered, graph), energy_and_derivatives(model, graph)

@@ -142,9 +142,7 @@ CASES = {
     "high orders": dict(paths=paths_up_to(4, 5, 5), widths=[8, 8, 8, 8, 8], lmax=5),
     "one path": dict(paths=[(1, 3, 2)], widths=[8, 8], lmax=3),
     "solid harmonics": dict(paths=paths_up_to(1, 2, 2), widths=[8, 24], lmax=3, solid=True),
-    "species as features": dict(
-        paths=paths_up_to(0, 3, 3), widths=[], lmax=3, unit_channels=[40, 16, 8, 24]
-    ),
+    "species as features": dict(paths=paths_up_to(0, 3, 3), widths=[], lmax=3, unit_channels=[40, 16, 8, 24]),
     "high orders without features": dict(paths=[(0, 5, 5)], widths=[], lmax=5, unit_channels=[8]),
     "no harmonics": dict(paths=[(0, 0, 0)], widths=[8], lmax=0),
 }

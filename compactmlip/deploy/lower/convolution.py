@@ -173,9 +173,7 @@ class SplineConvolution(nn.Module):
         return [m if l in self.orders else None for l, m in enumerate(found)]
 
 
-def sum_of_neighbors(
-    functions: Sequence[RadialFunction], types: PairTypes, grid: Grid
-) -> SplineConvolution:
+def sum_of_neighbors(functions: Sequence[RadialFunction], types: PairTypes, grid: Grid) -> SplineConvolution:
     """Sum over neighbours of one radial function; read it with :func:`first_scalar`."""
     return SplineConvolution([(0, 0, 0)], [1], functions, types, grid, lmax=0, unit=True)
 

@@ -100,9 +100,7 @@ class LoweredInteraction(nn.Module):
             functions = [radial.weights(i, j) for i, j in types.members]
             sizes = [self.shape.up[p[0]] for p in paths]
             self.up = PerOrder({l: Dense(pad_columns(w)) for l, w in up.items()})
-            self.down = PerOrder(
-                {l: Dense(padded_rows(w, l, paths, self.shape.up)) for l, w in down.items()}
-            )
+            self.down = PerOrder({l: Dense(padded_rows(w, l, paths, self.shape.up)) for l, w in down.items()})
         self.outputs = [w.shape[1] for _, w in sorted(down.items())]
         self.convolution = SplineConvolution(paths, sizes, functions, types, grid, lmax=lmax, unit=self.first)
         self.density: SplineConvolution | None = None
@@ -114,8 +112,10 @@ class LoweredInteraction(nn.Module):
             self.register_buffer("beta", inner.beta.detach().clone())
             residual = weights_of(inner.residual)
             if not self.first:
-                residual = {l: torch.nn.functional.pad(w, (0, 0, 0, pad_columns(up[l]).shape[1] - w.shape[0]))
-                            for l, w in residual.items()}
+                residual = {
+                    l: torch.nn.functional.pad(w, (0, 0, 0, pad_columns(up[l]).shape[1] - w.shape[0]))
+                    for l, w in residual.items()
+                }
             self.residual = PerOrder({l: Dense(w) for l, w in residual.items()})
             self.mix = constant(inner.mix)
         elif self.shape.species_map:
@@ -221,7 +221,6 @@ class LoweredLayer(nn.Module):
             assert new[0] is not None
             energy = self.readout(new[0])
         return new, energy
-
 
     def _products(self, atomic: Features, species: Tensor) -> Features:
         """Product basis per order, (n_nodes, 2L+1, channels of the contraction)."""
