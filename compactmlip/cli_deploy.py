@@ -14,7 +14,7 @@ def compile_(
     model: Annotated[Path, typer.Argument(help="Checkpoint (*.safetensors).")],
     output: Output = None,
     dtype: Precision = "float32",
-    backend: Backend = "torch",
+    backend: Backend = None,
     calibration: MeasuredOn = None,
     tf32: TF32 = False,
     as_json: AsJSON = False,
@@ -22,9 +22,10 @@ def compile_(
     """Write the deployed file that the ASE calculator loads."""
     from compactmlip.data.read import read_structures
     from compactmlip.deploy.archive import SUFFIXES
-    from compactmlip.deploy.compile import compile_model
+    from compactmlip.deploy.compile import compile_model, default_backend
     from compactmlip.info import accuracy_text, tables_text
 
+    backend = backend or ("torch" if tf32 else default_backend())
     path = output or model.with_suffix(SUFFIXES.get(backend, ".pt"))  # type: ignore[call-overload]
     report = compile_model(
         model,
@@ -34,7 +35,7 @@ def compile_(
         calibration=read_structures(calibration) if calibration else (),
         tf32=tf32,
     )
-    lines = [f"wrote {path} ({dtype}, {report.num_bytes / 1e6:.2f} MB); errors against float64:"]
+    lines = [f"wrote {path} ({backend}, {dtype}, {report.num_bytes / 1e6:.2f} MB); errors against float64:"]
     text = "\n  ".join([*lines, *(accuracy_text(a) for a in report.accuracy)])
     if report.tables is not None:
         text += f"\n  radial tables: {tables_text(report.tables)}"

@@ -42,10 +42,10 @@ KeptLayers = Annotated[
     typer.Option(help="Message-passing layers to keep (MACE); with --to, channels are cut as well."),
 ]
 Backend = Annotated[
-    str,
+    str | None,
     typer.Option(
-        help="torch (runs anywhere), kernels (faster; CPU, needs a C++ compiler) or aoti (machine code, "
-        "*.pt2, for this torch and processors like this one)."
+        help="kernels (fastest; CPU, needs a C++ compiler; the default where they can be used), torch (runs "
+        "anywhere) or aoti (machine code, *.pt2, for this torch and processors like this one)."
     ),
 ]
 Precision = Annotated[

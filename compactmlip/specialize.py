@@ -30,7 +30,7 @@ from compactmlip.data.read import read_labelled, read_structures, write_labelled
 from compactmlip.data.sample import SampleOptions, sample
 from compactmlip.data.select import split
 from compactmlip.deploy.archive import usable_device
-from compactmlip.deploy.compile import compile_model
+from compactmlip.deploy.compile import compile_model, default_backend
 from compactmlip.errors import InputError
 from compactmlip.families import load_model
 from compactmlip.models import model_dtype, model_spec, num_parameters
@@ -270,6 +270,7 @@ class _Run:
             self.folder / "distilled.safetensors",
             path,
             dtype=self.options.dtype,
+            backend=default_backend(self.options.device),
             check_structures=self._frames("test")[:4],
         )
         return {"bytes": path.stat().st_size}

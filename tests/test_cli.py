@@ -96,7 +96,7 @@ def test_compile_says_what_the_precision_costs(
     line = "compile teacher.safetensors -o coarse.pt --dtype bf16 --tf32 --calibration mgo.xyz"
     code, out, err = _run(monkeypatch, capsys, line)
     assert code == 0, err
-    assert out.startswith("wrote coarse.pt (bf16, ") and " structures: energy " in out
+    assert out.startswith("wrote coarse.pt (torch, bf16, ") and " structures: energy " in out
     assert "6 built-in structures" in out and "1 calibration structures" in out
     code, out, _ = _run(monkeypatch, capsys, f"{line} --json")
     found = json.loads(out)

@@ -178,6 +178,11 @@ def compile_model(
     )
 
 
+def default_backend(device: str = "cpu") -> Backend:
+    """Return "kernels" where compiled operators can be used, else "torch"."""
+    return "kernels" if torch.device(device).type == "cpu" and load_kernels() else "torch"
+
+
 @dataclass(frozen=True)
 class Prepared:
     """A module that is ready to be compiled."""

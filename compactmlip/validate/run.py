@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from ase import Atoms
 from pydantic import Field
 
 from compactmlip.data.read import ISOLATED_ATOM
-from compactmlip.errors import CompactMLIPError, InputError
+from compactmlip.errors import CompactMLIPError, InputError, SelfCheckError
 from compactmlip.validate import certificate as cert
 from compactmlip.validate.checks import Thresholds, consistency_checks, nve_checks, overall, parity_checks
 from compactmlip.validate.consistency import check_consistency
@@ -110,9 +111,9 @@ def validate(
         calculators["model"], heldout, progress=progress, description="Model on held-out"
     )
     start = usable[0] if origin.origin == "sampled" else calmest(heldout, reference)
-    with _same_engine(paths["model"]):
-        speed = _speed(calculators, start, options, progress)
-    run, teacher_run = _dynamics(calculators, start, speed, options, progress)
+    with _same_engine(paths, calculators) as alike:
+        speed = _speed(alike, start, options, progress)
+        run, teacher_run = _dynamics(alike, start, speed, options, progress)
     data = ValidationData(
         tuple(heldout), reference, predicted, run.trace, teacher_run.trace if teacher_run else None
     )
@@ -188,16 +189,34 @@ def _calculator(path: Path, device: str) -> Any:
     return CompactMLIPCalculator(path, device=device)
 
 
-def _same_engine(model: Path) -> AbstractContextManager[None]:
-    """Where a teacher from a checkpoint computes as the model does: in plain PyTorch, or with kernels.
+@contextmanager
+def _same_engine(paths: dict[str, Path], calculators: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Calculators in which a teacher from a checkpoint computes as the model does.
 
-    A ratio of speeds would otherwise tell the engines apart, not the models.
+    A ratio of speeds would otherwise tell the engines apart, not the models.  Beside a model with compiled
+    operators the teacher is compiled with them as well; beside one in plain PyTorch it does without.
     """
     from compactmlip.deploy.archive import inspect
+    from compactmlip.deploy.compile import compile_model
     from compactmlip.kernels.build import without_kernels
 
-    plain = model.suffix in (".pt", ".pt2") and inspect(model)[1].backend != "kernels"
-    return without_kernels() if plain else nullcontext()
+    model, teacher = paths["model"], paths["teacher"]
+    if model.suffix not in (".pt", ".pt2") or teacher.suffix != ".safetensors":
+        yield calculators
+        return
+    spec, deployment = inspect(model)
+    if deployment.backend != "kernels":
+        with without_kernels():
+            yield calculators
+        return
+    with TemporaryDirectory() as folder:
+        compiled = Path(folder) / "teacher.pt"
+        try:
+            compile_model(teacher, compiled, dtype=deployment.precision or spec.dtype, backend="kernels")
+        except SelfCheckError:  # a checkpoint of random or broken weights; its own numbers are as good
+            yield calculators
+            return
+        yield {**calculators, "teacher": _calculator(compiled, "cpu")}
 
 
 def _speed(

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from compactmlip.data.graph import GraphBatch, energy_and_derivatives
 from compactmlip.deploy.archive import Tables
 from compactmlip.deploy.lower.convolution import Grid
+from compactmlip.deploy.lower.splines import SmoothLayerNorm
 from compactmlip.errors import LoweringError
 from compactmlip.models import exact_copy, model_spec
 from compactmlip.spec import ModelSpec
@@ -59,7 +60,12 @@ def lower_on_grid(model: nn.Module, knots: int, values_per_knot: int = 3) -> nn.
         raise LoweringError(f"models of family '{spec.family}' have no lowered form")
     module, name = LOWERED[spec.family]
     build: Callable[[nn.Module, Grid], nn.Module] = getattr(importlib.import_module(module), name)
-    made = build(exact_copy(model), Grid(spec.cutoff, knots, values_per_knot))
+    original = exact_copy(model)
+    for parent in original.modules():
+        for child_name, child in parent.named_children():
+            if isinstance(child, nn.LayerNorm):
+                setattr(parent, child_name, SmoothLayerNorm(child))
+    made = build(original, Grid(spec.cutoff, knots, values_per_knot))
     return made.eval().requires_grad_(False)
 
 

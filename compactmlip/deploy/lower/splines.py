@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 RadialFunction = Callable[[Tensor], Tensor]
 """From distances (K,) in Angstrom to values (K, columns); differentiable."""
@@ -46,13 +46,26 @@ def _derivatives(function: RadialFunction, r: Tensor) -> tuple[Tensor, Tensor, T
 
 
 def _slope(value: Tensor, r: Tensor) -> Tensor:
-    """d value[k, :] / d r[k], by differentiating a gradient with respect to its weights.
-
-    Forward differentiation would be shorter, but its second derivative of layer_norm is wrong (torch 2.13).
-    """
+    """d value[k, :] / d r[k], by differentiating a gradient with respect to its weights."""
     weights = torch.ones_like(value, requires_grad=True)
     if not value.requires_grad:  # constant
         return torch.zeros_like(value)
     (weighted,) = torch.autograd.grad(value, r, weights, create_graph=True)
     (slope,) = torch.autograd.grad(weighted.sum(), weights, create_graph=True)
     return slope
+
+
+class SmoothLayerNorm(nn.Module):
+    """Layer normalisation from elementary operations.
+
+    Second derivatives of torch's own, by forward or by repeated backward differentiation, are wrong (2.13).
+    """
+
+    def __init__(self, norm: nn.LayerNorm) -> None:
+        super().__init__()
+        self.weight, self.bias, self.eps = norm.weight, norm.bias, norm.eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise the last axis."""
+        centred = x - x.mean(-1, keepdim=True)
+        return centred / (centred.square().mean(-1, keepdim=True) + self.eps).sqrt() * self.weight + self.bias
