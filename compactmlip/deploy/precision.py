@@ -4,12 +4,13 @@
     Everything in that precision.
 ``mixed``
     float32, but what is made from distances and directions alone (lengths, radial basis, spherical
-    harmonics, repulsion) and the readouts of the energy are computed in float64.  These are the parts
-    that float32 loses most digits in (benchmarks/results/precision.md).  Edge vectors are still float32.
+    harmonics, repulsion) and the readouts of the energy are computed in float64.  The geometry is where
+    float32 loses most digits, and force errors are halved; they are so small in float32 that dynamics
+    does not see it (benchmarks/results/precision.md).  Edge vectors are still float32.
 ``bf16``
     float32, but both operands of every dense product (linear maps, radial networks, readouts) are rounded
-    to bfloat16; sums and results are float32.  Gradients pass the rounding unchanged, so forces are not
-    the exact derivative of the energy.
+    to bfloat16; sums and results are float32.  Gradients pass the rounding as if it were not there, so
+    forces are not the derivative of the energy, and dynamics gains energy (0.2 meV/atom/ps in MgO).
 
 In each of them the energies of atoms are scaled, shifted and summed in float64.
 """

@@ -167,15 +167,19 @@ class Altered(nn.Module):
 
     def __init__(self, model: nn.Module, alter: Callable[[Tensor, Tensor], Tensor]) -> None:
         super().__init__()
-        self.model, self.spec, self.alter = model, model.spec, alter
+        self.model, self.alter = model, alter
 
     def forward(self, species: Tensor, centers: Tensor, neighbors: Tensor, vectors: Tensor) -> Tensor:
         energies: Tensor = self.model(species, centers, neighbors, vectors)
         return self.alter(energies, vectors)
 
 
-def only_when_traced(wrong: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
-    return lambda e, v: wrong(e, v) if torch.jit.is_tracing() else e
+def alter_what_is_compiled(
+    monkeypatch: pytest.MonkeyPatch, alter: Callable[[Tensor, Tensor], Tensor]
+) -> None:
+    """From now on, not the model is compiled but its altered form."""
+    real = compiler.with_constants
+    monkeypatch.setattr(compiler, "with_constants", lambda model: Altered(real(model), alter))
 
 
 ALTERATIONS = {
@@ -192,19 +196,25 @@ ALTERATIONS = {
 
 @pytest.mark.parametrize("kind", list(ALTERATIONS))
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # the faults on trial are those it warns of
-def test_wrong_compilation_is_refused(small_model: nn.Module, tmp_path: Path, kind: str) -> None:
+def test_wrong_compilation_is_refused(
+    small_model: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
     wrong, what = ALTERATIONS[kind]
+    alter_what_is_compiled(monkeypatch, wrong)
     output = tmp_path / "m.pt"
     output.write_bytes(b"earlier file")
     with pytest.raises(SelfCheckError, match=what):
-        compile_model(Altered(small_model, only_when_traced(wrong)), output, dtype="float64")
+        compile_model(small_model, output, dtype="float64", backend="torch")
     assert output.read_bytes() == b"earlier file"
     assert [p.name for p in tmp_path.iterdir()] == ["m.pt"]
 
 
-def test_unaltered_wrapper_is_accepted(small_model: nn.Module, tmp_path: Path) -> None:
+def test_unaltered_wrapper_is_accepted(
+    small_model: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The control of the test above."""
-    compile_model(Altered(small_model, lambda e, v: e), tmp_path / "m.pt", dtype="float64")
+    alter_what_is_compiled(monkeypatch, lambda e, v: e)
+    compile_model(small_model, tmp_path / "m.pt", dtype="float64", backend="torch")
 
 
 def test_changed_weight_is_refused(
