@@ -97,8 +97,8 @@ class Tables(_Frozen):
     """Tables of radial functions in a lowered model: size, largest errors that they cause, and the bounds.
 
     Errors are those of a float64 model with the tables against the one without: of an atom's energy (eV) and
-    of a force component (eV/Angstrom), where either is above 10 as if it were scaled to 10.  Points are evenly
-    spaced from 0 to the cutoff; ``values_per_knot`` is 2 for cubic interpolation (value and slope) and 3 for
+    of a force component (eV/Angstrom), where either is above 10 as if it were scaled to 10.  Knots lie
+    evenly from 0 to the cutoff; ``values_per_knot`` is 2 for cubic interpolation (value and slope) and 3 for
     quintic (second derivative as well).
     """
 

@@ -113,8 +113,8 @@ def interpolate(table: Tensor, types: Tensor, lengths: Tensor, cutoff: float) ->
     Parameters
     ----------
     table
-        (types, knots, values per knot, columns); knots are evenly spaced from 0 to the cutoff, derivatives are
-        per interval.
+        (types, knots, values per knot, columns); knots lie evenly from 0 to the cutoff, derivatives are per
+        interval.
     types, lengths
         (E,) index of the table and distance in Angstrom.
     """

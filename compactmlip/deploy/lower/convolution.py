@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +14,7 @@ from compactmlip.kernels.spline_convolution import CHANNEL_MULTIPLE, Path, splin
 from compactmlip.models.convolution import message_rows
 
 MAX_TABLE_BYTES = 512 * 2**20
-"""Largest size of one layer's tables in float32.  Tables of many pairs of species would not fit the memory."""
+"""Largest size of one layer's tables in float32; those of many pairs of species would not fit the memory."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ class SplineConvolution(nn.Module):
     sizes
         Channels of each path before padding.
     functions
-        Radial weights of each pair type, with the columns of all paths side by side and every factor included.
+        Radial weights of each pair type, the columns of all paths side by side, every factor included.
     types
         Pair types.
     grid
@@ -231,7 +231,3 @@ def folded(
         return torch.cat([(pieces[p] * sent) @ down[p[2]] for p in kept], dim=-1)
 
     return function, kept, [down[p[2]].shape[1] for p in kept]
-
-
-Make = Callable[[int, int], RadialFunction]
-"""From species of centre and neighbour to radial functions."""

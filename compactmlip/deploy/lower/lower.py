@@ -36,7 +36,7 @@ LARGE = 10.0
 much of it.  Structures with such forces are far from any that are simulated."""
 
 INTERVALS = (60, 80, 120, 160, 240, 320, 480, 640, 960, 1280)
-"""Numbers of intervals that are tried; many divisors, so that a kink of the cutoff function falls on a knot."""
+"""Numbers of intervals that are tried; with many divisors: kinks of cutoff functions fall on knots."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,8 @@ def lower(
     original = exact_copy(model)
     graphs = [*graphs, dimers(model_spec(model))]
     expected = [energy_and_derivatives(original, graph) for graph in graphs]
-    shifts = [original.energy_shift.index_select(0, graph.species) for graph in graphs]
+    shift_of: Tensor = original.energy_shift  # type: ignore[assignment]
+    shifts = [shift_of.index_select(0, graph.species) for graph in graphs]
     for intervals, values in itertools.product(INTERVALS, (3, 2)):
         module = lower_on_grid(original, intervals + 1, values)
         energy = force = 0.0

@@ -30,6 +30,7 @@ from compactmlip.kernels.gate import gate
 from compactmlip.models.contraction import SymmetricContraction
 from compactmlip.models.linear import add_features, normalised_silu
 from compactmlip.models.mace import MACE, Interaction, MACEBlock, Readout
+from compactmlip.models.mace_architecture import MACELayer
 
 Features = list[Tensor | None]
 
@@ -82,9 +83,15 @@ class _Radial:
 class LoweredInteraction(nn.Module):
     """From the features that enter a layer to the atomic basis."""
 
+    shape: MACELayer
+    alpha: Tensor
+    beta: Tensor
+
     def __init__(self, model: MACE, t: int, grid: Grid) -> None:
         super().__init__()
-        inner = model.layers[t].interaction
+        block = model.layers[t]
+        assert isinstance(block, MACEBlock)
+        inner = block.interaction
         self.shape, self.first = inner.shape, t == 0
         radial = _Radial(model, inner)
         down, up = weights_of(inner.down), weights_of(inner.up)
@@ -130,10 +137,7 @@ class LoweredInteraction(nn.Module):
             total = first_scalar(self.density(graph, []))
             divisor = 1 + total if self.shape.interaction == "density" else self.alpha + self.beta * total
             messages = [None if m is None else m / divisor for m in messages]
-        if not self.first:
-            messages = self.down(messages, species)
-        else:
-            messages = self._unpadded(messages)
+        messages = self._unpadded(messages) if self.first else self.down(messages, species)
         if self.shape.interaction == "nonlinear":
             sent: Features = [self.sent(species)] if self.first else up
             total_features = add_features(messages, self.residual(sent, species), len(messages))

@@ -29,7 +29,9 @@ Features = list[Tensor | None]
 
 
 def _radial(model: NequIP, t: int) -> RadialFunction:
-    convolution = model.layers[t].convolution
+    block = model.layers[t]
+    assert isinstance(block, NequIPBlock)
+    convolution = block.convolution
 
     def function(r: Tensor) -> Tensor:
         value: Tensor = convolution.radial(model.basis(r)) * convolution.normalisation

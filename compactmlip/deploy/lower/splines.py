@@ -1,4 +1,4 @@
-"""Radial functions as tables: values and derivatives at evenly spaced distances, for Hermite interpolation."""
+"""Radial functions as tables: values and derivatives at even distances, for Hermite interpolation."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def _derivatives(function: RadialFunction, r: Tensor) -> tuple[Tensor, Tensor, T
 
 
 def _slope(value: Tensor, r: Tensor) -> Tensor:
-    """d value[k, :] / d r[k], by differentiating a gradient with respect to its weights."""
+    """Derivative of value[k, :] by r[k], by differentiating a gradient with respect to its weights."""
     weights = torch.ones_like(value, requires_grad=True)
     if not value.requires_grad:  # constant
         return torch.zeros_like(value)
