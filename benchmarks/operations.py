@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,17 +14,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from compactmlip.kernels.contraction import contraction_plan
+from compactmlip.kernels.contraction_source import COMPILED, compiled_program
+from compactmlip.kernels.spline_convolution import flops
 from compactmlip.models.mace_architecture import MACEArchitecture
 from compactmlip.spec import ModelSpec
 
-SPLINES = "compactmlip.kernels.spline_convolution"
-"""Module that may have ``flops(operator, arguments)``, which returns None for what it cannot count."""
-
 FREE = frozenset({"aten::_unsafe_view", "aten::detach"})
 """Operators that move nothing and are not declared as views."""
-
-SPLINE_COST = {"forward": 4, "backward": 8}
-"""Multiply-adds of one radial function on one edge; the backward pass needs its derivative as well."""
 
 
 @dataclass
@@ -48,15 +42,13 @@ class Counter(TorchDispatchMode):
     ----------
     spec
         Of the model that runs.
-    num_edges
-        Of the structure.
     """
 
-    def __init__(self, spec: ModelSpec, num_edges: int) -> None:
+    def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
         self.work: dict[str, Work] = {}
         self.plans = _contraction_plans(spec)
-        self.convolutions = _convolution_operations(spec, num_edges)
+        self.programs = {p.identity: p for key in COMPILED if (p := compiled_program(*key)) is not None}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -70,14 +62,6 @@ class Counter(TorchDispatchMode):
             work.flops = (work.flops or 0.0) + flops
         return out
 
-    def total(self, name: str) -> Work:
-        """Work of an operator; convolutions that could not be counted by call, from the model's shape."""
-        work = self.work.get(name, Work())
-        if work.flops is None and name.startswith("compactmlip::") and "conv" in name:
-            direction = "backward" if "backward" in name else "forward"
-            return Work(work.calls, self.convolutions[direction], work.bytes)
-        return work
-
     def _flops(self, func: Any, name: str, args: Sequence[Any], kwargs: Any, out: Any) -> float | None:
         if func.overloadpacket in flop_registry:
             return float(flop_registry[func.overloadpacket](*args, **kwargs, out_val=out))
@@ -88,12 +72,18 @@ class Counter(TorchDispatchMode):
         if name in ("compactmlip::contract", "compactmlip::contract_backward"):
             backward = name.endswith("backward")
             return self._contract(args, args[1 if backward else 0], int(backward))
-        if name.startswith("compactmlip::") and importlib.util.find_spec(SPLINES) is not None:
-            flops: Callable[..., float | None] = getattr(
-                importlib.import_module(SPLINES), "flops", lambda *_: None
-            )
-            return flops(name, args)
-        return None
+        if name in ("compactmlip::contract_folded", "compactmlip::contract_folded_backward"):
+            return self._folded(args, backward=name.endswith("backward"))
+        return flops(name, args)
+
+    def _folded(self, args: Sequence[Any], *, backward: bool) -> float | None:
+        """The program is known by its number; weights are (species, blocks, trees, 16)."""
+        (identity,) = [a for a in args if isinstance(a, int) and a in self.programs]
+        (weights,) = [a for a in args if isinstance(a, Tensor) and a.dim() == 4]
+        (species,) = [a for a in args if isinstance(a, Tensor) and a.dtype == torch.int64]
+        program = self.programs[identity]
+        sweep = program.gradient if backward else program.forward
+        return float(sweep.operations) * species.shape[0] * weights.shape[1] * weights.shape[3]
 
     def _contract(self, args: Sequence[Any], features: Tensor, direction: int) -> float | None:
         """The plan of the contraction is known by its table."""
@@ -135,18 +125,6 @@ def _contraction_plans(spec: ModelSpec) -> dict[bytes, tuple[int, int]]:
         plan = contraction_plan(orders, outputs, layer.correlation)
         plans[plan.table.astype(np.int32).tobytes()] = plan.operations
     return plans
-
-
-def _convolution_operations(spec: ModelSpec, num_edges: int) -> dict[str, float]:
-    """Operations of all fused convolutions: couplings once forward and twice backward, and the splines."""
-    totals = {"forward": 0.0, "backward": 0.0}
-    for layer in spec.architecture["layers"]:
-        for l1, _, l3 in layer["paths"]:
-            coupling, channels = (2 * l1 + 1) * (2 * l3 + 1), layer["up"][l1]
-            for k, direction in enumerate(totals):
-                per_edge = (k + 1) * coupling + SPLINE_COST[direction]
-                totals[direction] += 2.0 * num_edges * channels * per_edge
-    return totals
 
 
 def peak_flops(dtype: torch.dtype, size: int = 1536, repeats: int = 5) -> float:

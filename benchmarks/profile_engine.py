@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 from common import Evaluation, header, parser, report, structure, table
-from operations import Counter, peak_bandwidth, peak_flops
+from operations import Counter, Work, peak_bandwidth, peak_flops
 from process import timed
 from torch.profiler import ProfilerActivity, profile
 
@@ -56,7 +56,7 @@ def roofline_table(
     total = sum(seconds for _, seconds in times.values())
     rows: list[list[object]] = []
     for name, (_, seconds) in sorted(times.items(), key=lambda item: -item[1][1]):
-        work = counter.total(name)
+        work = counter.work.get(name, Work())
         important = name.startswith("compactmlip::") or name in MATRIX_PRODUCTS or seconds > share * total
         if not important or work.calls == 0 or seconds == 0:
             continue
@@ -101,7 +101,7 @@ def main() -> None:
         run()
     seconds = statistics.median(timed(run)[1]["seconds"] for _ in range(options.repeats))
     times = profiled(run, options.repeats)
-    with Counter(evaluation.spec, len(graph.centers)) as counter:
+    with Counter(evaluation.spec) as counter:
         run()
     peaks = {dtype: peak_flops(dtype) for dtype in (torch.float32, torch.float64)}
     bandwidth = peak_bandwidth()

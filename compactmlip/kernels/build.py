@@ -254,7 +254,7 @@ def _make(compiler: Compiler, folder: Path, announce: bool) -> BuildReport:
     if announce:
         print(
             f"compactmlip: building kernels for this machine with {compiler.command[0]} "
-            "(once, about a minute)",
+            "(once, one to five minutes)",
             file=sys.stderr,
             flush=True,
         )

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -201,3 +202,18 @@ def operations(shape: SplineStructure, channels: Sequence[int], *, unit: bool) -
         forward += size * (2 * values + (0 if unit else components) + 2 * products)
         backward += size * (4 * values + 4 * products + (2 if unit else 7 * components + 2))
     return forward, backward
+
+
+def flops(operator: str, arguments: Sequence[Any]) -> float | None:
+    """Operations of one call of an operator, as :func:`operations` counts them; None for other operators."""
+    if operator not in ("compactmlip::spline_convolve", "compactmlip::spline_convolve_backward"):
+        return None
+    backward = operator.endswith("backward")
+    vectors, features, *_, paths, channels = arguments[int(backward) : 11 + int(backward)]
+    values = arguments[5 + int(backward)].shape[2]
+    shape = spline_structure(
+        list(zip(paths[0::3], paths[1::3], paths[2::3], strict=True)),
+        max(paths[1::3], default=0),
+        values_per_knot=values,
+    )
+    return float(operations(shape, channels, unit=not features)[int(backward)] * vectors.shape[0])

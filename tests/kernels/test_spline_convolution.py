@@ -12,6 +12,7 @@ from torch import Tensor
 from compactmlip.kernels.spline_convolution import (
     Path,
     SplineStructure,
+    flops,
     hermite_weights,
     interpolate,
     operations,
@@ -336,3 +337,21 @@ def test_meta() -> None:
         CUTOFF,
     )
     assert [m.shape for m in found] == expected
+
+
+def test_flops_of_a_call() -> None:
+    """What benchmarks count, from the arguments that a profiler sees."""
+    edges = 7
+    arguments = [
+        torch.zeros(edges, 3),
+        [],
+        *[None] * 3,
+        torch.zeros(1, 9, 2, 8),
+        *[None] * 3,
+        [0, 1, 1],
+        [8],
+        4.0,
+    ]
+    assert flops("compactmlip::spline_convolve", arguments) == edges * 8 * (8 + 6)
+    assert flops("compactmlip::spline_convolve_backward", [[], *arguments, True]) == edges * 8 * 30
+    assert flops("aten::mm", []) is None

@@ -31,12 +31,16 @@ ENERGY_BOUND = 1e-6
 FORCE_BOUND = 1e-5
 """eV/Angstrom: largest error of a force component that tables may cause."""
 
+MARGIN = 4.0
+"""Measured errors stay this far below the bounds: on rattled silicon the tables of 7net-0 cause three
+times the force error that they cause on the structures of the check."""
+
 LARGE = 10.0
 """eV and eV/Angstrom: where an atom's energy (without its shift) or a force is larger, bounds count for this
 much of it.  Structures with such forces are far from any that are simulated."""
 
-INTERVALS = (60, 80, 120, 160, 240, 320, 480, 640, 960, 1280)
-"""Numbers of intervals that are tried; with many divisors: kinks of cutoff functions fall on knots."""
+INTERVALS = (60, 80, 120, 160, 240, 320, 480, 640, 960, 1280, 1920)
+"""Numbers of intervals that are tried; with many divisors, so that kinks of cutoff functions fall on knots."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +92,8 @@ def lower(
     graphs
         Structures (float64) on which errors are measured, besides pairs of atoms at all distances.
     energy_bound, force_bound
-        Largest errors of an atom's energy (eV) and of a force component (eV/Angstrom).
+        Largest errors of an atom's energy (eV) and of a force component (eV/Angstrom); what is measured stays
+        below them by :data:`MARGIN`.
 
     Raises
     ------
@@ -107,7 +112,7 @@ def lower(
             found = energy_and_derivatives(module, graph)
             energy = max(energy, _error(found.node_energies, reference.node_energies, shift))
             force = max(force, _error(found.forces, reference.forces))
-        if energy <= energy_bound and force <= force_bound:
+        if energy * MARGIN <= energy_bound and force * MARGIN <= force_bound:
             tables = Tables(
                 knots=intervals + 1,
                 values_per_knot=values,
