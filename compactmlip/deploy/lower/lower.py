@@ -40,7 +40,7 @@ LARGE = 10.0
 much of it.  Structures with such forces are far from any that are simulated."""
 
 INTERVALS = (60, 80, 120, 160, 240, 320, 480, 640, 960, 1280, 1920)
-"""Numbers of intervals that are tried; with many divisors, so that kinks of cutoff functions fall on knots."""
+"""Numbers of intervals that are tried; many divisors let kinks of cutoff functions fall on knots."""
 
 
 @dataclass(frozen=True)
