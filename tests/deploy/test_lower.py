@@ -19,7 +19,7 @@ from compactmlip.deploy.archive import inspect
 from compactmlip.deploy.ase import CompactMLIPCalculator
 from compactmlip.deploy.compile import compile_model
 from compactmlip.deploy.lower.convolution import MAX_TABLE_BYTES, padded, padded_rows
-from compactmlip.deploy.lower.lower import ENERGY_BOUND, FORCE_BOUND, lower, lower_on_grid
+from compactmlip.deploy.lower.lower import ENERGY_BOUND, FORCE_BOUND, MEANINGLESS, lower, lower_on_grid
 from compactmlip.deploy.lower.splines import SmoothLayerNorm, tabulate
 from compactmlip.deploy.selfcheck import random_structures
 from compactmlip.errors import LoweringError
@@ -101,13 +101,26 @@ def test_dimer_over_the_whole_range(model: Any) -> None:
     distances = np.concatenate(
         [np.linspace(0.5, cutoff - 0.1, 60), np.linspace(cutoff - 0.1, cutoff + 0.02, 60)]
     )
+    counted = 0
     for r in distances:
         graph = build_graph(Atoms(model.spec.species[:2], [[0, 0, 0], [0.6 * r, 0, 0.8 * r]]), model.spec)
         found, expected = energy_and_derivatives(lowered, graph), energy_and_derivatives(model, graph)
+        if float(expected.forces.abs().max()) > MEANINGLESS:
+            continue
+        counted += 1
         largest = max(1.0, float(expected.node_energies.abs().max()) / 10)
         assert float((found.node_energies - expected.node_energies).abs().max()) <= ENERGY_BOUND * largest
         largest = max(1.0, float(expected.forces.abs().max()) / 10)
         assert float((found.forces - expected.forces).abs().max()) <= FORCE_BOUND * largest
+    assert counted > 100
+
+
+def test_structures_without_meaning_do_not_count(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the limit below every force of the structures, only pairs at a distance are left."""
+    structures = graphs(model)
+    usual = lower(model, structures).tables
+    monkeypatch.setattr("compactmlip.deploy.lower.lower.MEANINGLESS", 1e-3)
+    assert lower(model, structures).tables.force_error < usual.force_error
 
 
 def test_second_derivatives(model: Any) -> None:
