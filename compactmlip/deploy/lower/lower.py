@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import importlib
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from ase.data import atomic_numbers, covalent_radii
 from torch import Tensor, nn
 
 from compactmlip.data.graph import GraphBatch, energy_and_derivatives
@@ -97,7 +99,7 @@ def lower(
         Structures (float64) on which errors are measured, besides pairs of atoms at all distances.
     energy_bound, force_bound
         Largest errors of an atom's energy (eV) and of a force component (eV/Angstrom); what is measured stays
-        below them by :data:`MARGIN`.
+        below them by :data:`MARGIN` where that is possible.
 
     Raises
     ------
@@ -112,6 +114,7 @@ def lower(
     counted = [mask & mask.all() for mask in counted[:-1]] + counted[-1:]
     shift_of: Tensor = original.energy_shift  # type: ignore[assignment]
     shifts = [shift_of.index_select(0, graph.species) for graph in graphs]
+    kept: Lowered | None = None
     for intervals, values in itertools.product(INTERVALS, (3, 2)):
         module = lower_on_grid(original, intervals + 1, values)
         energy = force = 0.0
@@ -122,7 +125,8 @@ def lower(
             energies, forces = found.node_energies[mask], found.forces[mask]
             energy = max(energy, _error(energies, reference.node_energies[mask], shift[mask]))
             force = max(force, _error(forces, reference.forces[mask]))
-        if energy * MARGIN <= energy_bound and force * MARGIN <= force_bound:
+        excess = max(energy / energy_bound, force / force_bound) if energy_bound and force_bound else math.inf
+        if excess <= 1 and (kept is None or excess * MARGIN <= 1):
             tables = Tables(
                 knots=intervals + 1,
                 values_per_knot=values,
@@ -131,7 +135,11 @@ def lower(
                 energy_bound=energy_bound,
                 force_bound=force_bound,
             )
-            return Lowered(module, tables)
+            kept = Lowered(module, tables)
+        if excess * MARGIN <= 1 and kept is not None:
+            return kept
+    if kept is not None:
+        return kept
     raise LoweringError(
         f"tables with {intervals + 1} knots still cause errors of {energy:.1e} eV/atom and {force:.1e} "
         f"eV/Angstrom, above the bounds {energy_bound:.0e} and {force_bound:.0e}"
@@ -139,7 +147,7 @@ def lower(
 
 
 SHORTEST = 0.5
-"""Angstrom: closest pair on which tables are tested."""
+"""Closest pair on which tables are tested, in sums of covalent radii; no less than this in Angstrom, too."""
 
 MAX_PAIRS = 32
 """Pairs of species that are tested, chosen at random where there are more."""
@@ -153,16 +161,17 @@ def dimers(spec: ModelSpec) -> GraphBatch:
     if len(pairs) > MAX_PAIRS:
         pairs = [pairs[k] for k in rng.choice(len(pairs), MAX_PAIRS, replace=False)]
     cutoff = spec.cutoff
-    distances = np.concatenate(
-        [np.linspace(SHORTEST, cutoff - 0.1, 301), np.linspace(cutoff - 0.1, cutoff, 60)[1:-1]]
-    )
-    count = len(pairs) * len(distances)
+    radii = [covalent_radii[atomic_numbers[s]] for s in spec.species]
+    nearest = [min(max(SHORTEST, SHORTEST * (radii[i] + radii[j])), cutoff - 0.2) for i, j in pairs]
+    last = np.linspace(cutoff - 0.1, cutoff, 60)[1:-1]
+    distances = np.array([np.concatenate([np.linspace(r, cutoff - 0.1, 301), last]) for r in nearest])
+    count = distances.size
     directions = rng.normal(size=(count, 3))
     directions /= np.linalg.norm(directions, axis=1, keepdims=True)
-    vectors = np.tile(distances, len(pairs))[:, None] * directions
+    vectors = distances.reshape(-1, 1) * directions
     first = torch.arange(0, 2 * count, 2)
     return GraphBatch(
-        species=torch.tensor(np.repeat(np.array(pairs), len(distances), axis=0).reshape(-1)),
+        species=torch.tensor(np.repeat(np.array(pairs), distances.shape[1], axis=0).reshape(-1)),
         centers=torch.stack([first, first + 1], dim=1).reshape(-1),
         neighbors=torch.stack([first + 1, first], dim=1).reshape(-1),
         vectors=torch.tensor(np.stack([vectors, -vectors], axis=1).reshape(-1, 3)),
