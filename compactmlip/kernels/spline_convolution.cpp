@@ -108,28 +108,12 @@ struct Outputs {
 };
 
 template <class T, int64_t B>
-void run(Problem<T>& s, int64_t nodes) {
-  const bool unit = s.unit;
-  for (const Path& path : s.plan.paths)
-    s.functions.push_back(path_functions<T, B>(path.components(), path.rows(), unit));
-  if (s.vector_gradient) run_backward<T, B>(s, nodes);
-  else run_forward<T, B>(s, nodes);
-}
-
-template <class T>
-void run(CONVOLUTION_ARGUMENTS, Outputs& to) {
-  const Plan plan = read_spline_plan(structure, paths, channels, coefficients.numel());
+void run(CONVOLUTION_ARGUMENTS, const Plan& plan, Outputs& to) {
   TORCH_CHECK_VALUE(table.size(2) == plan.values_per_knot && table.size(3) == plan.columns,
                     "compactmlip::spline_convolve: the table must have ", plan.values_per_knot, " values of ",
                     plan.columns, " columns per knot, not ", table.sizes(), ".");
   int64_t most = 0;
-  bool wide = true;
-  for (const Path& path : plan.paths) {
-    TORCH_CHECK_VALUE(path.channels % kSmallest<T> == 0, "compactmlip::spline_convolve: ", path.channels,
-                      " channels are not a multiple of ", kSmallest<T>, ".");
-    wide &= path.channels % kLanes<T> == 0;
-    most = std::max(most, path.channels);
-  }
+  for (const Path& path : plan.paths) most = std::max(most, path.channels);
   const int64_t nodes = species.size(0);
   check_species(species, pairs, table.size(0));
   const Tensor i = centers.contiguous(), j = neighbors.contiguous(), r = vectors.contiguous();
@@ -137,7 +121,7 @@ void run(CONVOLUTION_ARGUMENTS, Outputs& to) {
   const Edges edges = sort_edges(i, j, nodes);
   const std::vector<Tensor> h = readable(features, plan, nodes, r.scalar_type());
   const double per_angstrom = static_cast<double>(table.size(1) - 1) / cutoff;
-  Problem<T> s{plan,
+  Problem<T, B> s{plan,
                {table.const_data_ptr<T>(), table.size(1), cutoff, per_angstrom,
                 pairs.size(0) ? pairs.const_data_ptr<int64_t>() : nullptr, pairs.size(0)},
                r.const_data_ptr<T>(), coefficients.const_data_ptr<T>(), z.const_data_ptr<int64_t>(),
@@ -150,8 +134,23 @@ void run(CONVOLUTION_ARGUMENTS, Outputs& to) {
   for (Tensor& m : to.messages) s.messages.push_back(m.numel() ? m.mutable_data_ptr<T>() : nullptr);
   for (Tensor& g : to.gradients) s.gradients.push_back(g.numel() ? g.const_data_ptr<T>() : nullptr);
   if (to.vectors.defined()) s.vector_gradient = to.vectors.mutable_data_ptr<T>();
-  if (wide) run<T, kVectorBytes>(s, nodes);
-  else if constexpr (kVectorBytes > 32) run<T, 32>(s, nodes);
+  for (const Path& path : plan.paths)
+    s.functions.push_back(path_functions<T, B>(path.components(), path.rows(), s.unit));
+  if (s.vector_gradient) run_backward<T, B>(s, nodes);
+  else run_forward<T, B>(s, nodes);
+}
+
+template <class T>
+void run(CONVOLUTION_ARGUMENTS, Outputs& to) {
+  const Plan plan = read_spline_plan(structure, paths, channels, coefficients.numel());
+  bool wide = true;
+  for (const Path& path : plan.paths) {
+    TORCH_CHECK_VALUE(path.channels % kSmallest<T> == 0, "compactmlip::spline_convolve: ", path.channels,
+                      " channels are not a multiple of ", kSmallest<T>, ".");
+    wide &= path.channels % kLanes<T> == 0;
+  }
+  if (wide) run<T, kVectorBytes>(CONVOLUTION_CALL, plan, to);
+  else if constexpr (kVectorBytes > 32) run<T, 32>(CONVOLUTION_CALL, plan, to);
 }
 
 void run(CONVOLUTION_ARGUMENTS, Outputs& to) {

@@ -22,7 +22,7 @@ struct Feature {  // of one order; values is null for features that are one
   T* gradient;  // (nodes, components, channels), or null
 };
 
-template <class T>
+template <class T, int64_t B>
 struct Problem {
   const Plan& plan;
   const Table<T> table;
@@ -34,7 +34,7 @@ struct Problem {
   std::vector<T*> messages;                   // by l3, (nodes, rows, channels); null where there are none
   std::vector<const T*> gradients;            // of the messages
   T* vector_gradient;
-  std::vector<PathFunctions<T>> functions;    // by path
+  std::vector<PathFunctions<T, B>> functions;  // by path
 
   int64_t edge(int64_t k) const { return edges.order.empty() ? k : edges.order[k]; }
 };
@@ -47,6 +47,10 @@ class Workspace {
     const int64_t first = used_;
     used_ += (count + 15) / 16 * 16;
     return reinterpret_cast<T*>(lines_.data()) + first;
+  }
+  template <class V>
+  V* take_vectors(int64_t count) {
+    return reinterpret_cast<V*>(take(count * static_cast<int64_t>(sizeof(V) / sizeof(T))));
   }
   void reserve(int64_t count) {
     const size_t needed = (static_cast<size_t>(count) * sizeof(T) + sizeof(Line) - 1) / sizeof(Line) + 1;
@@ -75,7 +79,7 @@ struct Sizes {  // largest of any group
 };
 
 template <class T, int64_t B>
-void radial_rows(const Problem<T>& s, const Tile<T>& t, int e, int64_t column, int64_t channels, T* R, T* dR) {
+void radial_rows(const Problem<T, B>& s, const Tile<T>& t, int e, int64_t column, int64_t channels, T* R, T* dR) {
   const int64_t W = s.plan.columns;
   if (s.plan.values_per_knot == 2) {
     if (dR) radial_row<T, B, 2, true>(t, e, W, column, channels, R, dR);
@@ -87,8 +91,8 @@ void radial_rows(const Problem<T>& s, const Tile<T>& t, int e, int64_t column, i
 }
 
 // Calls work(tile, first) for the edges of a centre, a tile at a time.
-template <class T, class F>
-void over_tiles(const Problem<T>& s, int64_t center, Tile<T>& t, const F& work) {
+template <class T, int64_t B, class F>
+void over_tiles(const Problem<T, B>& s, int64_t center, Tile<T>& t, const F& work) {
   for (int64_t k = s.edges.begin[center]; k < s.edges.begin[center + 1]; k += kTile) {
     t.count = static_cast<int>(std::min<int64_t>(kTile, s.edges.begin[center + 1] - k));
     for (int e = 0; e < t.count; e++) t.edge[e] = s.edge(k + e);
@@ -98,7 +102,7 @@ void over_tiles(const Problem<T>& s, int64_t center, Tile<T>& t, const F& work) 
 }
 
 template <class T, int64_t B>
-void forward_center(const Problem<T>& s, const Sizes& sizes, Workspace<T>& memory, int64_t center) {
+void forward_center(const Problem<T, B>& s, const Sizes& sizes, Workspace<T>& memory, int64_t center) {
   if (s.edges.begin[center] == s.edges.begin[center + 1]) {
     for (size_t l = 0; l < s.messages.size(); l++) {
       const int64_t size = (2 * l + 1) * s.plan.message_channels[l];
@@ -137,15 +141,22 @@ void forward_center(const Problem<T>& s, const Sizes& sizes, Workspace<T>& memor
 // dh: gradients of the features of each edge, (edges of this call, feature_size) beginning with edge k0; or
 // null, and then they are added to those of the neighbours at once.
 template <class T, int64_t B>
-void backward_center(const Problem<T>& s, const Sizes& sizes, Workspace<T>& memory, int64_t center, T* dh,
+void backward_center(const Problem<T, B>& s, const Sizes& sizes, Workspace<T>& memory, int64_t center, T* dh,
                      int64_t feature_size, int64_t k0) {
-  memory.reserve(2 * sizes.entries * kTile + 4 * sizes.columns + 3 * sizes.features + kTile + 256);
+  using V = Vec<T, B>;
+  constexpr int64_t lanes = kLanes<T, B>;
+  memory.reserve((2 * kTile + 1 + 2 * lanes) * sizes.entries + 4 * sizes.columns + 3 * sizes.features +
+                 (1 + lanes) * kTile + 512);
   T *K = memory.take(sizes.entries * kTile), *dK = memory.take(sizes.entries * kTile);
   T *R = memory.take(2 * sizes.columns), *dR = memory.take(2 * sizes.columns);
   T *local = memory.take(2 * sizes.features), *x = memory.take(sizes.features), *radial = memory.take(kTile);
+  T* sums = memory.take(sizes.entries);
+  // Lanes of the sums over channels, of one edge each.
+  V* entries[2] = {memory.template take_vectors<V>(sizes.entries), memory.template take_vectors<V>(sizes.entries)};
+  V* slopes = memory.template take_vectors<V>(kTile);
   Tile<T> t;
   over_tiles(s, center, t, [&](int64_t k) {
-    std::fill_n(radial, kTile, T(0));
+    std::fill_n(slopes, kTile, V{});
     std::fill_n(t.dy[0], std::max<int64_t>(4, (s.plan.lmax + 1) * (s.plan.lmax + 1)) * kTile, T(0));
     int64_t offset = 0;
     for (const Group& group : s.plan.groups) {
@@ -154,12 +165,12 @@ void backward_center(const Problem<T>& s, const Sizes& sizes, Workspace<T>& memo
       const Feature<T>& feature = s.features[group.l1];
       const int64_t size = group.size();
       for (int e = 0; e < t.count; e += 2) {
-        BackwardPath<T> p{std::min(2, t.count - e), 0, group.components()};
+        BackwardPath<T, B> p{std::min(2, t.count - e), 0, group.components()};
         p.h_stride = feature.row_stride;
-        p.radial = radial + e;
         p.x = x;
         for (int n = 0; n < p.count; n++) {
           p.h[n] = feature.values + (feature.node_stride ? s.neighbors[t.edge[e + n]] * feature.node_stride : 0);
+          p.slope[n] = slopes + e + n;
           p.dh[n] = nullptr;
           if (feature.gradient)
             p.dh[n] = dh ? dh + (k + e + n - k0) * feature_size + offset : local + n * sizes.features;
@@ -171,25 +182,30 @@ void backward_center(const Problem<T>& s, const Sizes& sizes, Workspace<T>& memo
           for (int m = 0; m < p.count; m++) {
             p.R[m] = R + m * sizes.columns + path.column - group.column;
             p.dR[m] = dR + m * sizes.columns + path.column - group.column;
+            p.dK[m] = entries[m] + path.entry;
           }
           p.channels = path.channels;
           p.rows = path.rows();
           p.K = K + path.entry * kTile + e;
-          p.dK = dK + path.entry * kTile + e;
           p.g_stride = s.plan.message_channels[path.l3];
           p.g = s.gradients[path.l3] + center * path.rows() * p.g_stride + path.message;
           p.first = n == group.first;
           s.functions[n].backward(p);
         }
+        for (int n = 0; n < p.count; n++) {
+          sum_lanes<T>(entries[n], group.entries, sums);
+          for (int64_t k = 0; k < group.entries; k++) dK[k * kTile + e + n] = sums[k];
+        }
         for (int n = 0; feature.gradient && !dh && n < p.count; n++) {
           T* to = feature.gradient + s.neighbors[t.edge[e + n]] * size;
-          for (int64_t c = 0; c < size; c += kLanes<T, B>)
+          for (int64_t c = 0; c < size; c += lanes)
             store(to + c, load<T, B>(to + c) + load<T, B>(p.dh[n] + c));
         }
       }
       uncouple(t, group, s.coefficients, dK);
       if (feature.gradient) offset += size;
     }
+    sum_lanes<T>(slopes, kTile, radial);
     write_tile(t, s.plan, s.coefficients, radial, s.vector_gradient);
   });
 }
@@ -204,7 +220,7 @@ void over_centers(int64_t first, int64_t last, const F& work) {
 }
 
 template <class T, int64_t B>
-void run_forward(const Problem<T>& s, int64_t nodes) {
+void run_forward(const Problem<T, B>& s, int64_t nodes) {
   const Sizes sizes(s.plan);
   over_centers<T>(0, nodes, [&](int64_t center, Workspace<T>& memory) {
     forward_center<T, B>(s, sizes, memory, center);
@@ -215,7 +231,7 @@ void run_forward(const Problem<T>& s, int64_t nodes) {
 // and then added in the order of the edges, each thread for its own columns: no two threads write to one
 // place, and the sums do not depend on the number of threads.
 template <class T, int64_t B>
-void run_backward(const Problem<T>& s, int64_t nodes) {
+void run_backward(const Problem<T, B>& s, int64_t nodes) {
   const Sizes sizes(s.plan);
   const std::vector<int64_t>& begin = s.edges.begin;
   int64_t feature_size = 0;

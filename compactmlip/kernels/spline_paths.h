@@ -17,8 +17,6 @@
 
 namespace compactmlip {
 
-constexpr int64_t kMaxComponents = 2 * kMaxOrder + 1;
-
 // Radial weights of one path and their derivatives per Angstrom, from two knots of the table.
 template <class T, int64_t B, int V, bool kSlope>
 inline void radial_row(const Tile<T>& t, int e, int64_t columns, int64_t column, int64_t channels, T* R,
@@ -101,36 +99,24 @@ void forward_path(const ForwardPath<T>& p) {
     }
 }
 
-template <class T>
+template <class T, int64_t B>
 struct BackwardPath {
-  int count;  // edges e ... e + count - 1 of the tile
+  int count;  // edges of the tile, one or two
   int64_t channels, components, rows;
   const T* h[2];
   int64_t h_stride;
   const T *R[2], *dR[2], *K, *g;  // K: of the first of the edges
   int64_t g_stride;
-  T *dh[2], *dK, *radial;  // dh: (components, channels) or null; dK, radial: of the first of the edges
-  bool first;              // path of the group: dh holds nothing yet
-  T* x;                    // scratch, (components, channels)
+  T* dh[2];            // (components, channels), or null
+  Vec<T, B>* slope[2];  // lanes of the derivative with respect to the distance; added to
+  Vec<T, B>* dK[2];     // lanes of the derivatives with respect to the entries, (rows * components)
+  bool first;           // path of the group: dh holds nothing yet
+  T* x;                 // scratch, (components, channels)
 };
-
-template <class T, class V>
-inline T sum_one(V x) {
-  T sum;
-  sum_lanes<T>(&x, 1, &sum);
-  return sum;
-}
-
-template <class T, class V>
-inline void write_entries(const V* sums, int64_t count, T* dK) {
-  T values[kMaxComponents * kMaxComponents];
-  sum_lanes<T>(sums, count, values);
-  for (int64_t k = 0; k < count; k++) dK[k * kTile] = values[k];
-}
 
 // One component: everything stays in registers, and EB edges share the loads of the gradient.
 template <class T, int64_t B, int NR, bool kUnit, int EB>
-inline void backward_scalar(const BackwardPath<T>& p, int e0) {
+inline void backward_scalar(const BackwardPath<T, B>& p, int e0) {
   using V = Vec<T, B>;
   V entries[EB][NR], slope[EB];
   for (int e = 0; e < EB; e++) {
@@ -170,14 +156,14 @@ inline void backward_scalar(const BackwardPath<T>& p, int e0) {
     }
   }
   for (int e = 0; e < EB; e++) {
-    p.radial[e0 + e] += sum_one<T>(slope[e]);
-    write_entries<T>(entries[e], NR, p.dK + e0 + e);
+    *p.slope[e0 + e] += slope[e];
+    for (int r = 0; r < NR; r++) p.dK[e0 + e][r] = entries[e][r];
   }
 }
 
 // z, and from it the gradients of features and distance; keeps x for the entries.
 template <class T, int64_t B, int A, int NR>
-inline void backward_features(const BackwardPath<T>& p, int e) {
+inline void backward_features(const BackwardPath<T, B>& p, int e) {
   using V = Vec<T, B>;
   V slope{};
   for (int64_t c = 0; c < p.channels; c += kLanes<T, B>) {
@@ -202,11 +188,11 @@ inline void backward_features(const BackwardPath<T>& p, int e) {
     }
     slope += t * load<T, B>(p.dR[e] + c);
   }
-  p.radial[e] += sum_one<T>(slope);
+  *p.slope[e] += slope;
 }
 
 template <class T, int64_t B, int A, int TR>
-inline void entry_rows(const BackwardPath<T>& p, int row, Vec<T, B>* sums) {
+inline void entry_rows(const BackwardPath<T, B>& p, int row, Vec<T, B>* sums) {
   using V = Vec<T, B>;
   V sum[TR][A];
   for (int r = 0; r < TR; r++)
@@ -225,26 +211,24 @@ inline void entry_rows(const BackwardPath<T>& p, int row, Vec<T, B>* sums) {
 }
 
 template <class T, int64_t B, int A, int NR>
-inline void backward_entries(const BackwardPath<T>& p, int e) {
+inline void backward_entries(const BackwardPath<T, B>& p, int e) {
 #if defined(__AVX512F__) || defined(__aarch64__)
   constexpr int registers = 28;
 #else
   constexpr int registers = 12;
 #endif
   constexpr int TR = std::clamp(registers / A, 1, NR);
-  Vec<T, B> sums[NR * A];
   int row = 0;
-  for (; row + TR <= NR; row += TR) entry_rows<T, B, A, TR>(p, row, sums);
-  if constexpr (NR % TR != 0) entry_rows<T, B, A, NR % TR>(p, row, sums);
-  write_entries<T>(sums, NR * A, p.dK + e);
+  for (; row + TR <= NR; row += TR) entry_rows<T, B, A, TR>(p, row, p.dK[e]);
+  if constexpr (NR % TR != 0) entry_rows<T, B, A, NR % TR>(p, row, p.dK[e]);
 }
 
 // Any sizes.
 template <class T, int64_t B>
-inline void backward_any(const BackwardPath<T>& p, int e) {
+inline void backward_any(const BackwardPath<T, B>& p, int e) {
   using V = Vec<T, B>;
   const int64_t A = p.components;
-  V sums[kMaxComponents * kMaxComponents], slope{};
+  V *sums = p.dK[e], slope{};
   std::fill_n(sums, p.rows * A, V{});
   for (int64_t c = 0; c < p.channels; c += kLanes<T, B>) {
     const V R = load<T, B>(p.R[e] + c), dR = load<T, B>(p.dR[e] + c);
@@ -263,12 +247,11 @@ inline void backward_any(const BackwardPath<T>& p, int e) {
       }
     }
   }
-  p.radial[e] += sum_one<T>(slope);
-  write_entries<T>(sums, p.rows * A, p.dK + e);
+  *p.slope[e] += slope;
 }
 
 template <class T, int64_t B, int A, int NR, bool kUnit>
-void backward_path(const BackwardPath<T>& p) {
+void backward_path(const BackwardPath<T, B>& p) {
   if constexpr (A == 1 && NR > 0) {
     if (NR <= 5 && p.count == 2) return backward_scalar<T, B, NR, kUnit, 2>(p, 0);
     for (int e = 0; e < p.count; e++) backward_scalar<T, B, NR, kUnit, 1>(p, e);
@@ -285,21 +268,21 @@ void backward_path(const BackwardPath<T>& p) {
 }
 
 // The instance for the sizes of a path.
-template <class T>
+template <class T, int64_t B>
 struct PathFunctions {
   void (*forward)(const ForwardPath<T>&);
-  void (*backward)(const BackwardPath<T>&);
+  void (*backward)(const BackwardPath<T, B>&);
 };
 
 template <class T, int64_t B, int A, int NR>
-PathFunctions<T> path_functions(bool unit) {
+PathFunctions<T, B> path_functions(bool unit) {
   if constexpr (A == 1 && NR > 0)
     if (unit) return {forward_path<T, B, 1, NR, true>, backward_path<T, B, 1, NR, true>};
   return {forward_path<T, B, A, NR, false>, backward_path<T, B, A, NR, false>};
 }
 
 template <class T, int64_t B, int A>
-PathFunctions<T> path_functions(int64_t rows, bool unit) {
+PathFunctions<T, B> path_functions(int64_t rows, bool unit) {
   switch (rows) {
     case 1: return path_functions<T, B, A, 1>(unit);
     case 3: return path_functions<T, B, A, 3>(unit);
@@ -310,7 +293,7 @@ PathFunctions<T> path_functions(int64_t rows, bool unit) {
 }
 
 template <class T, int64_t B>
-PathFunctions<T> path_functions(int64_t components, int64_t rows, bool unit) {
+PathFunctions<T, B> path_functions(int64_t components, int64_t rows, bool unit) {
   if (rows > 7) return path_functions<T, B, 0, 0>(unit);
   switch (components) {
     case 1: return path_functions<T, B, 1>(rows, unit);
