@@ -37,10 +37,14 @@ def state() -> tuple[object, ...]:
 
 @pytest.fixture(autouse=True)
 def _restored() -> Iterator[None]:
+    def defaults() -> None:
+        torch.set_float32_matmul_precision("highest")
+        CUDA.fp32_precision = CPU.fp32_precision = "none"
+
+    defaults()  # whatever other tests, or libraries that they load, left behind
     before = state()
     yield
-    torch.set_float32_matmul_precision("highest")
-    CUDA.fp32_precision = CPU.fp32_precision = "none"
+    defaults()
     assert state() == before
 
 

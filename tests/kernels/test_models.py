@@ -105,7 +105,10 @@ def test_deployed_file(
         atoms = structure.copy()
         atoms.calc = CompactMLIPCalculator(path)
         forces.append(atoms.get_forces())
-    assert np.abs(forces[0] - forces[1]).max() <= 1e-10 * max(1.0, np.abs(forces[0]).max())
+    # Radial networks are tables now; tests/deploy/test_lower.py compares lowered models on fine ones.
+    tables = deployments[1].tables
+    assert tables is not None and tables.force_bound == 1e-5
+    assert np.abs(forces[0] - forces[1]).max() <= tables.force_bound
 
 
 RUN = """
