@@ -133,9 +133,7 @@ class Lammps:
         """Energy and its derivatives of one structure."""
         order = list(types) or sorted(set(atoms.get_chemical_symbols()))
         given = coefficients or f"pair_coeff * * {model} {' '.join(order)}"
-        script = (
-            f"{header(atoms, before)}read_data data.lammps\npair_style {style}\n{given}\n{setup}\n{OBSERVE}run 0\n"
-        )
+        script = f"{header(atoms, before)}read_data data.lammps\npair_style {style}\n{given}\n{setup}\n{OBSERVE}run 0\n"
         folder.mkdir(parents=True, exist_ok=True)
         write_data(folder / "data.lammps", atoms, order)
         done = self.run(folder, script, ranks=ranks)

@@ -21,7 +21,7 @@
 namespace compactmlip {
 namespace {
 
-constexpr int kNewestFormat = COMPACTMLIP_FORMAT_VERSION;
+constexpr int kNewestFormat = 4;  // DEPLOYED_VERSION of compactmlip/deploy/archive.py
 constexpr const char* kEntry = "extra/compactmlip.json";
 
 // First line, without the place in torch's sources.
