@@ -173,7 +173,11 @@ void PairCompactMLIP::find_system() {
   }
   if (comm->nprocs == 1 && system_.has_ghosts())
     error->one(FLERR, "pair_style compactmlip: a ghost atom belongs to no atom; are atom IDs unique?");
-  system_.find_edges(*atom, *list, cutoff_);
+  if (!system_.find_edges(*atom, *list, cutoff_)) {
+    const int64_t last = system_.graph().edges() - 1;
+    error->one(FLERR, "pair_style compactmlip: atoms {} and {} lie on top of each other in step {}",
+               atom->tag[system_.center(last)], atom->tag[system_.neighbor(last)], update->ntimestep);
+  }
 }
 
 void PairCompactMLIP::evaluate() {

@@ -6,6 +6,11 @@
 #include "neigh_list.h"
 
 namespace compactmlip {
+namespace {
+
+constexpr double kShortest = 1e-3;  // Angstrom; shorter edges have no direction
+
+}  // namespace
 
 void System::number_nodes(LAMMPS_NS::Atom& atom, const std::vector<int>& species) {
   const int local = atom.nlocal, all = local + atom.nghost;
@@ -28,7 +33,7 @@ void System::number_nodes(LAMMPS_NS::Atom& atom, const std::vector<int>& species
   }
 }
 
-void System::find_edges(LAMMPS_NS::Atom& atom, LAMMPS_NS::NeighList& list, double cutoff) {
+bool System::find_edges(LAMMPS_NS::Atom& atom, LAMMPS_NS::NeighList& list, double cutoff) {
   const double* const* x = atom.x;
   const double longest = cutoff * cutoff;
   graph_.centers.clear();
@@ -43,13 +48,16 @@ void System::find_edges(LAMMPS_NS::Atom& atom, LAMMPS_NS::NeighList& list, doubl
     for (const int* at = first; at != last; at++) {
       const int j = *at & NEIGHMASK;
       const double r[3] = {x[j][0] - from[0], x[j][1] - from[1], x[j][2] - from[2]};
-      if (r[0] * r[0] + r[1] * r[1] + r[2] * r[2] >= longest || node_[j] < 0) continue;
+      const double square = r[0] * r[0] + r[1] * r[1] + r[2] * r[2];
+      if (square >= longest || node_[j] < 0) continue;
       graph_.centers.push_back(node_[i]);
       graph_.neighbors.push_back(node_[j]);
       graph_.vectors.insert(graph_.vectors.end(), r, r + 3);
       neighbor_.push_back(j);
+      if (square < kShortest * kShortest) return false;
     }
   }
+  return true;
 }
 
 double System::bytes() const {
