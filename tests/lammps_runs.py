@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
@@ -59,7 +60,7 @@ class Run:
         return self.output[-2000:] if first is None else "\n".join(lines[first : first + 3])
 
     def thermo(self) -> dict[str, np.ndarray]:
-        """Columns of all thermo output, by name."""
+        """Columns of the thermo output by name, since they were last chosen."""
         log = (self.folder / "log.lammps").read_text()
         columns: list[str] = []
         rows: list[list[float]] = []
@@ -67,6 +68,7 @@ class Run:
         for line in log.splitlines():
             words = line.split()
             if words[:1] == ["Step"]:
+                rows = rows if words == columns else []
                 columns, inside = words, True
             elif inside and len(words) == len(columns) and re.fullmatch(r"\d+", words[0]):
                 rows.append([float(w) for w in words])
@@ -77,7 +79,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Observed:
-    """Energy (eV), per-atom energies, forces (eV/Angstrom), stress (eV/Angstrom^3, 3x3) in the axes of ASE."""
+    """Energies (eV), forces (eV/Angstrom) and stress (eV/Angstrom^3, 3x3) in the axes of ASE."""
 
     energy: float
     energies: np.ndarray
@@ -97,7 +99,6 @@ class Lammps:
     """
 
     plugin: Path
-    environment: Mapping[str, str] = field(default_factory=dict)
 
     def run(self, folder: Path, script: str, *, ranks: int = 1, **environment: str) -> Run:
         """Run a script in a folder."""
@@ -108,14 +109,35 @@ class Lammps:
         command = [lmp, "-in", "in.lammps", "-log", "log.lammps"]
         if ranks > 1:
             command = [mpirun, "-n", str(ranks), *command]
-        # Python adds the folder of "-m pytest" to the path of its children; the ranks are two per core.
-        variables = os.environ | {"OMP_NUM_THREADS": "1", **self.environment, **environment}
-        if not found_by_entry_point():
-            variables["LAMMPS_PLUGIN_PATH"] = str(self.plugin)
+        variables = self.variables(**environment)
         done = subprocess.run(
             command, cwd=folder, env=variables, capture_output=True, text=True, timeout=300, check=False
         )
         return Run(folder, done.returncode, done.stdout + done.stderr)
+
+    def variables(self, **environment: str) -> dict[str, str]:
+        """Environment in which LAMMPS finds the plugin."""
+        found = os.environ | {"OMP_NUM_THREADS": "1", **environment}
+        if not found_by_entry_point():
+            found["LAMMPS_PLUGIN_PATH"] = str(self.plugin)
+        return found
+
+    def start(self, folder: Path, script: str) -> subprocess.Popen[bytes]:
+        """Begin a run on one rank, in a group of processes of its own."""
+        lmp = program("lmp")
+        assert lmp
+        return subprocess.Popen(
+            [lmp, "-in", script, "-log", "none", "-screen", "none"],
+            cwd=folder,
+            env=self.variables(),
+            start_new_session=True,
+        )
+
+    @staticmethod
+    def kill(process: subprocess.Popen[bytes]) -> None:
+        """End such a run at once."""
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
     def evaluate(
         self,
@@ -133,7 +155,8 @@ class Lammps:
         """Energy and its derivatives of one structure."""
         order = list(types) or sorted(set(atoms.get_chemical_symbols()))
         given = coefficients or f"pair_coeff * * {model} {' '.join(order)}"
-        script = f"{header(atoms, before)}read_data data.lammps\npair_style {style}\n{given}\n{setup}\n{OBSERVE}run 0\n"
+        start = f"{header(atoms, before)}read_data data.lammps\npair_style {style}\n"
+        script = f"{start}{given}\n{setup}\n{OBSERVE}run 0\n"
         folder.mkdir(parents=True, exist_ok=True)
         write_data(folder / "data.lammps", atoms, order)
         done = self.run(folder, script, ranks=ranks)
