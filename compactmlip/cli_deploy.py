@@ -47,13 +47,25 @@ def compile_(
 
 def build(
     force: Annotated[bool, typer.Option("--force", help="Build even if there is a library already.")] = False,
+    lammps_include: Annotated[
+        Path | None,
+        typer.Option(help="Folder 'src' or installed headers of a LAMMPS that you built, for its plugin."),
+    ] = None,
+    bigbig: Annotated[bool, typer.Option("--bigbig", help="That LAMMPS has LAMMPS_BIGBIG.")] = False,
     as_json: AsJSON = False,
 ) -> None:
-    """Compile the fast operators for this machine; the first run of a model does so by itself."""
+    """Compile the fast operators, and the plugin for LAMMPS; the first use of each does so by itself."""
     from compactmlip.kernels.build import build as run, check
+    from compactmlip.lammps.build import build as build_plugin, installed, load_command, self_built
 
+    lammps = self_built(lammps_include, bigbig=bigbig) if lammps_include else installed()
     report = run(force=force)
     check(report)
     done = f"built in {report.seconds:.0f} s" if report.built else "already there"
     text = f"{report.path}: {done}, {report.compiler}, {report.flags}"
-    print_result(as_json, text, **vars(report))
+    command = None
+    if lammps is not None:
+        command = load_command(build_plugin(lammps, force=force))
+        # The LAMMPS of this environment finds its plugin; for others the line goes into the input.
+        text += f"\nLAMMPS: {command}"
+    print_result(as_json, text, **vars(report), lammps=command)

@@ -20,7 +20,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "spec", "channels", "progress", "config", "cache"),
     ("models", "kernels"),
     ("checkpoint",),
-    ("families", "compress", "data", "deploy"),
+    ("families", "compress", "data", "deploy", "lammps"),
     ("train",),
     ("validate",),
     ("specialize", "summary", "info"),

@@ -29,8 +29,9 @@ from compactmlip.spec import DTypeName, ModelSpec
 ENTRY = "compactmlip.json"
 """Name of the JSON text inside the archive."""
 
-DEPLOYED_VERSION = 3
-"""Version of the layout.  1 had torch files only; 2 added kernels; 3 precision, accuracy and aoti."""
+DEPLOYED_VERSION = 4
+"""Version of the layout.  1 had torch files only; 2 added kernels; 3 precision, accuracy and aoti;
+4 operators that let a structure be split among processes."""
 
 Backend = Literal["torch", "kernels", "aoti"]
 """What a file is and needs: TorchScript that needs torch only; TorchScript that calls the operators of

@@ -29,50 +29,44 @@ A failed build is remembered, with its message, until sources, compiler or torch
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
-import json
 import os
-import shutil
 import sys
-import tempfile
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TextIO
 
 import torch
 from torch import Tensor
 
 from compactmlip.cache import cache_root
 from compactmlip.errors import InputError, KernelError
+from compactmlip.kernels.cached import NOTE as NOTE, BuildReport, Product, obtain
 from compactmlip.kernels.compiler import (
     FLAGS,
     NATIVE,
     Compiler,
     compile_library,
-    find_compiler,
+    find_compiler as find_compiler,
     processor,
     torch_version,
 )
+from compactmlip.kernels.sources import GENERATED, digests, sources
+
+HEADERS = (
+    "ATen/ATen.h",
+    "ATen/Dispatch.h",
+    "ATen/Parallel.h",
+    "ATen/core/dispatch/Dispatcher.h",
+    "torch/csrc/autograd/custom_function.h",
+    "torch/library.h",
+)
+"""Torch's headers that most sources include; a source takes longer for them than for its own code."""
 
 VARIABLE = "COMPACTMLIP_KERNELS"
 MODES = ("auto", "build", "off")
 LIBRARY = "libcompactmlip_kernels.so"
-NOTE = "build.json"
-FAILED = "failed.txt"
-GENERATED = "contraction_folded.cpp"
-"""The file that includes a header which is made here, by these modules:"""
-GENERATORS = (
-    "kernels/contraction_program.py",
-    "kernels/contraction_source.py",
-    "models/angular.py",
-    "models/products.py",
-)
 KEPT = 16
 """Libraries that are kept in the cache: one per torch, compiler, processor and version of the sources."""
 
@@ -82,29 +76,6 @@ _switched_off: ContextVar[bool] = ContextVar("compactmlip_kernels_switched_off",
 _once = threading.Lock()
 _loaded: bool | None = None
 _required = False
-
-
-@dataclass(frozen=True)
-class BuildReport:
-    """A library that is ready to be loaded.
-
-    Attributes
-    ----------
-    path
-        The library.
-    built
-        Whether it was made just now; false if it was in the cache.
-    compiler, flags
-        What made it.
-    seconds
-        How long that took.
-    """
-
-    path: Path
-    built: bool
-    compiler: str
-    flags: str
-    seconds: float
 
 
 def usable(*tensors: Tensor) -> bool:
@@ -182,30 +153,16 @@ def build(*, force: bool = False, announce: bool = False, retry: bool = True) ->
     KernelError
         If it cannot be made; the message has the compiler's first errors.
     """
-    home = cache_root() / "kernels"
-    try:
-        home.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise KernelError(f"cannot create {home}: {error.strerror}; set XDG_CACHE_HOME") from error
-    runtime = _digest(torch_version(), processor(), *FLAGS, NATIVE, *_sources_digest())
-    try:
-        compiler = find_compiler()
-    except KernelError:
-        # A machine without compiler may share the cache with one that has it.
-        present = sorted(home.glob(f"{runtime}-*"), key=lambda p: p.stat().st_mtime)
-        reports = [report for folder in reversed(present) if (report := _cached(folder)) is not None]
-        if not reports or force:
-            raise
-        return reports[0]
-    folder = home / f"{runtime}-{_digest(compiler.version, *compiler.command)}"
-    if not force and (report := _cached(folder)) is not None:
-        return report
-    with _locked(home / "lock"):
-        if not force and (report := _cached(folder)) is not None:  # made while this process waited
-            return report
-        if not retry:
-            _raise_known_failure(folder)
-        return _make(compiler, folder, announce)
+    product = Product(
+        home=cache_root() / "kernels",
+        files=(LIBRARY,),
+        what="kernels",
+        duration="one to five minutes",
+        identity=(torch_version(), processor(), *FLAGS, NATIVE, *digests(sources())),
+        make=_compile,
+        kept=KEPT,
+    )
+    return obtain(product, force=force, announce=announce, retry=retry)
 
 
 def check(report: BuildReport) -> None:
@@ -221,11 +178,6 @@ def check(report: BuildReport) -> None:
     except (OSError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0]
         raise KernelError(f"{report.path} cannot be loaded: {reason}") from error
-
-
-def sources() -> list[Path]:
-    """Files that are compiled."""
-    return sorted(Path(__file__).parent.glob("*.cpp"))
 
 
 def _load(chosen: str) -> bool:
@@ -249,124 +201,10 @@ def _load(chosen: str) -> bool:
     return True
 
 
-def _make(compiler: Compiler, folder: Path, announce: bool) -> BuildReport:
-    """Compile beside the place of the library, then give the folder its name."""
-    if announce:
-        print(
-            f"compactmlip: building kernels for this machine with {compiler.command[0]} "
-            "(once, one to five minutes)",
-            file=sys.stderr,
-            flush=True,
-        )
-    start = time.monotonic()
-    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix="making-"))
-    try:
-        library = temporary / LIBRARY
-        try:
-            _generate(temporary)
-            flags = compile_library(compiler, sources(), library)
-        except KernelError as error:
-            (temporary / FAILED).write_text(str(error))
-            _replace(temporary, folder)
-            raise
-        for made in temporary.iterdir():
-            if made != library:
-                made.unlink()
-        note = {
-            "sha256": _sha256(library),
-            "compiler": str(compiler),
-            "flags": " ".join(flags),
-            "seconds": round(time.monotonic() - start, 1),
-        }
-        (temporary / NOTE).write_text(json.dumps(note))
-        _replace(temporary, folder)
-    except OSError as error:
-        raise KernelError(f"cannot write {folder}: {error.strerror or error}; set XDG_CACHE_HOME") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    _forget_old(folder.parent)
-    report = _cached(folder)
-    if report is None:
-        raise KernelError(f"{folder} was damaged while it was written; try again")
-    return BuildReport(report.path, True, report.compiler, report.flags, report.seconds)
-
-
-def _generate(folder: Path) -> None:
-    """Write the header of the programs beside the objects; a second or two, so only where it is needed."""
+def _compile(compiler: Compiler, folder: Path) -> tuple[str, ...]:
+    # The header of the programs takes a second or two, so it is made only where it is needed.
     if any(path.name == GENERATED for path in sources()):
         from compactmlip.kernels.contraction_source import HEADER, programs_source
 
         (folder / HEADER).write_text(programs_source())
-
-
-def _replace(temporary: Path, folder: Path) -> None:
-    # Under the lock; a process that finds the folder missing in between waits for the lock.
-    if folder.exists():
-        shutil.rmtree(folder)
-    temporary.chmod(0o755)
-    temporary.rename(folder)
-
-
-def _cached(folder: Path) -> BuildReport | None:
-    """The library in a folder if it is complete and undamaged: a damaged one could crash the process."""
-    path = folder / LIBRARY
-    try:
-        note = json.loads((folder / NOTE).read_text())
-        if note["sha256"] != _sha256(path):
-            return None
-        return BuildReport(path, False, note["compiler"], note["flags"], note["seconds"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
-def _raise_known_failure(folder: Path) -> None:
-    try:
-        text = (folder / FAILED).read_text()
-    except OSError:
-        return
-    raise KernelError(f"an earlier build failed. {text}")
-
-
-def _forget_old(home: Path) -> None:
-    folders = sorted((p for p in home.glob("*-*") if p.is_dir()), key=lambda p: p.stat().st_mtime)
-    for folder in folders[:-KEPT]:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Let one process at a time build; the lock ends with the process that holds it."""
-    try:
-        file = path.open("a")
-    except OSError as error:
-        raise KernelError(f"cannot open {path}: {error.strerror or error}; set XDG_CACHE_HOME") from error
-    with file:
-        try:
-            _wait_for(file)
-        except OSError as error:
-            raise KernelError(
-                f"{path.parent} does not allow locks ({error.strerror}); set XDG_CACHE_HOME to a local folder"
-            ) from error
-        yield
-
-
-def _wait_for(file: TextIO) -> None:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        print("compactmlip: waiting for another process that builds the kernels", file=sys.stderr)
-        fcntl.flock(file, fcntl.LOCK_EX)
-
-
-def _sources_digest() -> list[str]:
-    headers = sorted(Path(__file__).parent.glob("*.h"))
-    generators = [Path(__file__).parents[1] / name for name in GENERATORS]
-    return [f"{path.name}\n{_sha256(path)}" for path in (*sources(), *headers, *generators)]
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def _digest(*parts: str) -> str:
-    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+    return compile_library(compiler, sources(), folder / LIBRARY, headers=HEADERS)

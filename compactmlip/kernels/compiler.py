@@ -13,8 +13,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from compactmlip.errors import KernelError
 
 FLAGS = ("-std=c++20", "-O3", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-Wno-psabi")
@@ -23,16 +21,8 @@ FLAGS = ("-std=c++20", "-O3", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-Wno-
 NATIVE = "-march=native"
 """Given where the compiler knows it."""
 
-COMMON_HEADERS = (
-    "ATen/ATen.h",
-    "ATen/Dispatch.h",
-    "ATen/Parallel.h",
-    "ATen/core/dispatch/Dispatcher.h",
-    "torch/csrc/autograd/custom_function.h",
-    "torch/library.h",
-)
-"""Torch's headers that most sources include.  They are read once: one file takes longer for them than for its
-own code."""
+MANY_SOURCES = 4
+"""From here on it pays to compile common headers beforehand."""
 
 COMPILE_TIMEOUT = 1800
 """Seconds after which a compiler that has not ended is stopped."""
@@ -97,18 +87,37 @@ def processor() -> str:
 
 def torch_version() -> str:
     """Return what a library that uses torch's C++ interface is bound to."""
+    import torch
+
     version = torch.version
     abi = torch.compiled_with_cxx11_abi()
     return f"torch {torch.__version__} {getattr(version, 'git_version', '')} cxx11 abi {abi}"
 
 
-def compile_library(compiler: Compiler, sources: Sequence[Path], target: Path) -> tuple[str, ...]:
-    """Compile the sources, side by side, and link them to a shared library.
+def compile_library(
+    compiler: Compiler,
+    sources: Sequence[Path],
+    target: Path,
+    *,
+    options: Sequence[str] = (),
+    headers: Sequence[str] = (),
+    rpath: bool = False,
+) -> tuple[str, ...]:
+    """Compile the sources, side by side, and link them to a shared library that uses torch.
 
     Headers may lie beside a source or beside the library.
 
-    The library names torch's libraries without saying where they are: whoever loads it, Python or a
-    C++ program, has loaded its own torch before.
+    Parameters
+    ----------
+    compiler, sources, target
+        What makes what from what.
+    options
+        More for the compiler.
+    headers
+        Those that most sources include; they are read once where there are many sources.
+    rpath
+        Whether the library is to say where torch's libraries are.  Otherwise whoever loads it, Python or a
+        C++ program, has loaded its own torch before.
 
     Returns
     -------
@@ -120,12 +129,31 @@ def compile_library(compiler: Compiler, sources: Sequence[Path], target: Path) -
     KernelError
         With the first errors of the compiler.
     """
-    flags = (*FLAGS, NATIVE) if _accepts(compiler, NATIVE) else FLAGS
+    import torch
+
     home = Path(torch.__file__).parent
     include = [home / "include", home / "include" / "torch" / "csrc" / "api" / "include"]
-    common = [*compiler.command, *flags, f"-I{target.parent}", *(f"-isystem{folder}" for folder in include)]
-    common.append(f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}")
-    common += _precompiled(common, target.with_name("common.h"))
+    abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
+    libraries = [f"-L{home / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10"]
+    if rpath:
+        libraries.append(f"-Wl,-rpath,{home / 'lib'}")
+    options = [f"-I{target.parent}", *options, *(f"-isystem{folder}" for folder in include), abi]
+    return compile_shared(compiler, sources, target, options, libraries, headers)
+
+
+def compile_shared(
+    compiler: Compiler,
+    sources: Sequence[Path],
+    target: Path,
+    options: Sequence[str],
+    libraries: Sequence[str],
+    headers: Sequence[str] = (),
+) -> tuple[str, ...]:
+    """As :func:`compile_library`, without anything of torch."""
+    flags = (*FLAGS, NATIVE) if _accepts(compiler, NATIVE) else FLAGS
+    common = [*compiler.command, *flags, *options]
+    if headers and len(sources) >= MANY_SOURCES:
+        common += _precompiled(common, headers, target.with_name("common.h"))
     objects = [target.with_name(f"{source.stem}.o") for source in sources]
     with ThreadPoolExecutor(max_workers=max(1, min(len(sources), os.cpu_count() or 1))) as pool:
         jobs = [
@@ -134,15 +162,14 @@ def compile_library(compiler: Compiler, sources: Sequence[Path], target: Path) -
         ]
         for job in jobs:
             job.result()
-    libraries = ["-ltorch", "-ltorch_cpu", "-lc10"]
-    link = [*compiler.command, *flags, "-shared", *map(str, objects), f"-L{home / 'lib'}", *libraries]
+    link = [*compiler.command, *flags, "-shared", *map(str, objects), *libraries]
     _check([*link, "-o", str(target)], target.name)
     return flags
 
 
-def _precompiled(command: list[str], header: Path) -> list[str]:
-    """Flags that let a source begin with the common headers, compiled; none where that does not work."""
-    header.write_text("".join(f"#include <{name}>\n" for name in COMMON_HEADERS))
+def _precompiled(command: list[str], headers: Sequence[str], header: Path) -> list[str]:
+    """Flags that let a source begin with these headers, compiled; none where that does not work."""
+    header.write_text("".join(f"#include <{name}>\n" for name in headers))
     try:
         _check([*command, "-x", "c++-header", str(header), "-o", f"{header}.gch"], header.name)
     except KernelError:  # sources include what they need themselves

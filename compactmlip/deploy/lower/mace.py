@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from compactmlip.deploy.lower.contraction import FoldedContraction
 from compactmlip.deploy.lower.convolution import (
-    Graph,
     PairTypes,
     SplineConvolution,
     first_scalar,
@@ -24,6 +23,7 @@ from compactmlip.deploy.lower.convolution import (
     sum_of_neighbors,
 )
 from compactmlip.deploy.lower.dense import Dense, PerOrder, SpeciesDense, SpeciesRows, constant, weights_of
+from compactmlip.deploy.lower.domain import Domain, domain, owned, with_ghosts
 from compactmlip.deploy.lower.splines import Grid, RadialFunction
 from compactmlip.kernels.gate import gate
 from compactmlip.models.contraction import SymmetricContraction
@@ -127,13 +127,13 @@ class LoweredInteraction(nn.Module):
         elif self.shape.species_map:
             self.species_map = constant(inner.species_map)
 
-    def forward(self, x: Features, graph: Graph) -> Features:
-        """Atomic basis per order, (n_nodes, 2l+1, channels)."""
-        species = graph.species
+    def forward(self, x: Features, graph: Domain) -> Features:
+        """Atomic basis per order, (n_owned, 2l+1, channels)."""
+        species = graph.owned_species
         up: Features = [] if self.first else self.up(x, species)
-        messages = self.convolution(graph, up)
+        messages = owned(self.convolution(graph, with_ghosts(up)))
         if self.density is not None:
-            total = first_scalar(self.density(graph, []))
+            total = first_scalar(owned(self.density(graph, [])))
             divisor = 1 + total if self.shape.interaction == "density" else self.alpha + self.beta * total
             messages = [None if m is None else m / divisor for m in messages]
         messages = self._unpadded(messages) if self.first else self.down(messages, species)
@@ -211,14 +211,15 @@ class LoweredLayer(nn.Module):
             kind = SpeciesDense if next(iter(skip.values())).dim() == 3 else Dense
             self.skip = PerOrder({l: kind(w) for l, w in skip.items()})
 
-    def forward(self, x: Features, graph: Graph) -> tuple[Features, Tensor | None]:
-        """Features after this layer, and its part of the energy (n_nodes,)."""
+    def forward(self, x: Features, graph: Domain) -> tuple[Features, Tensor | None]:
+        """Features after this layer, and its part of the energy (n_owned,)."""
+        species = graph.owned_species
         atomic = self.interaction(x, graph)
-        new: Features = self.linear(self._products(atomic, graph.species), graph.species)
+        new: Features = self.linear(self._products(atomic, species), species)
         if self.skip_rows is not None:
-            new = add_features(new, [self.skip_rows(graph.species)], self.num_orders)
+            new = add_features(new, [self.skip_rows(species)], self.num_orders)
         elif self.skip is not None:
-            new = add_features(new, self.skip(x, graph.species), self.num_orders)
+            new = add_features(new, self.skip(x, species), self.num_orders)
         energy: Tensor | None = None
         if self.readout is not None:
             assert new[0] is not None
@@ -226,7 +227,7 @@ class LoweredLayer(nn.Module):
         return new, energy
 
     def _products(self, atomic: Features, species: Tensor) -> Features:
-        """Product basis per order, (n_nodes, 2L+1, channels of the contraction)."""
+        """Product basis per order, (n_owned, 2L+1, channels of the contraction)."""
         product: Features = [None] * (1 + max(self.outputs))
         parts = self.contraction(atomic, species).split([2 * L + 1 for L in self.outputs], dim=1)
         for L, part in zip(self.outputs, parts, strict=True):
@@ -257,16 +258,19 @@ class LoweredMACE(nn.Module):
         self.register_buffer("energy_shift", model.energy_shift.clone())
 
     def forward(self, species: Tensor, centers: Tensor, neighbors: Tensor, vectors: Tensor) -> Tensor:
-        """Return (n_nodes,), float64, eV."""
-        graph = Graph(vectors, species, centers, neighbors)
-        energy = vectors.new_zeros(species.shape[0], dtype=torch.float64)
+        """Return (n_owned,), float64, eV."""
+        graph = domain(species, centers, neighbors, vectors)
+        energy = vectors.new_zeros(graph.owned_species.shape[0], dtype=torch.float64)
         if self.repulsion is not None:
             lengths = torch.linalg.vector_norm(vectors, dim=-1)
-            energy = energy + self.repulsion(lengths, species, centers, neighbors).to(torch.float64)
+            (pairs,) = owned([self.repulsion(lengths, species, centers, neighbors)])
+            assert pairs is not None
+            energy = energy + pairs.to(torch.float64)
         x: Features = []
         for layer in self.layers:
             x, part = layer(x, graph)
             if part is not None:
                 energy = energy + part.to(torch.float64)
-        scale, shift = self.energy_scale.index_select(0, species), self.energy_shift.index_select(0, species)
+        own = graph.owned_species
+        scale, shift = self.energy_scale.index_select(0, own), self.energy_shift.index_select(0, own)
         return energy * scale + shift

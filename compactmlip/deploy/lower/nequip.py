@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from compactmlip.deploy.lower.convolution import (
-    Graph,
     PairTypes,
     SplineConvolution,
     folded,
@@ -19,6 +18,7 @@ from compactmlip.deploy.lower.convolution import (
     padded_rows,
 )
 from compactmlip.deploy.lower.dense import Dense, PerOrder, SpeciesDense, SpeciesRows, weights_of
+from compactmlip.deploy.lower.domain import Domain, domain, owned, with_ghosts
 from compactmlip.deploy.lower.splines import Grid, RadialFunction
 from compactmlip.kernels.gate import gate
 from compactmlip.models.linear import add_features
@@ -74,14 +74,14 @@ class FirstLayer(nn.Module):
             rows = rows + block.down.bias.detach()
         self.rows = SpeciesRows(rows)
 
-    def forward(self, x: Features, graph: Graph) -> Features:
+    def forward(self, x: Features, graph: Domain) -> Features:
         """Features after this layer."""
-        messages = self.convolution(graph, [])
+        messages = owned(self.convolution(graph, []))
         for l, size in zip(self.orders, self.sizes, strict=True):
             message = messages[l]
             assert message is not None
             messages[l] = message[:, :, :size]
-        gates = add_features(messages, [self.rows(graph.species)], len(self.out))
+        gates = add_features(messages, [self.rows(graph.owned_species)], len(self.out))
         return gate(gates, self.out)
 
 
@@ -131,11 +131,12 @@ class Layer(nn.Module):
             }
         )
 
-    def forward(self, x: Features, graph: Graph) -> Features:
+    def forward(self, x: Features, graph: Domain) -> Features:
         """Features after this layer."""
+        species = graph.owned_species
         up: Features = []
         own: Features = []
-        for l, made in enumerate(self.maps(x, graph.species)):
+        for l, made in enumerate(self.maps(x, species)):
             sent, kept = self.split.get(l, (0, 0))
             if made is None or not (sent and kept):
                 up.append(made if sent else None)
@@ -145,8 +146,8 @@ class Layer(nn.Module):
             up.append(first)
             own.append(second)
         if self.skip is not None:
-            own = self.skip(x, graph.species)
-        update = self.down(self.convolution(graph, up), graph.species)
+            own = self.skip(x, species)
+        update = self.down(owned(self.convolution(graph, with_ghosts(up))), species)
         return gate(add_features(update, own, len(self.out)), self.out)
 
 
@@ -170,12 +171,13 @@ class LoweredNequIP(nn.Module):
         self.register_buffer("energy_shift", model.energy_shift.clone())
 
     def forward(self, species: Tensor, centers: Tensor, neighbors: Tensor, vectors: Tensor) -> Tensor:
-        """Return (n_nodes,), float64, eV."""
-        graph = Graph(vectors, species, centers, neighbors)
-        x: Features = [] if len(self.layers) else [self.embedding(species)]
+        """Return (n_owned,), float64, eV."""
+        graph = domain(species, centers, neighbors, vectors)
+        own = graph.owned_species
+        x: Features = [] if len(self.layers) else [self.embedding(own)]
         for layer in self.layers:
             x = layer(x, graph)
         assert x[0] is not None
         energy = self.readout(x[0]).flatten().to(torch.float64)
-        scale, shift = self.energy_scale.index_select(0, species), self.energy_shift.index_select(0, species)
+        scale, shift = self.energy_scale.index_select(0, own), self.energy_shift.index_select(0, own)
         return energy * scale + shift

@@ -1,0 +1,51 @@
+// A deployed model: needs torch, and knows nothing of LAMMPS.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "ghost_exchange.h"
+
+namespace compactmlip {
+
+// Atoms with their neighbours.  Nodes are the owned atoms, then ghosts.
+struct Graph {
+  int64_t owned = 0;
+  std::vector<int64_t> species;             // of each node
+  std::vector<int64_t> centers, neighbors;  // of each edge; centers are owned
+  std::vector<double> vectors;              // from centre to neighbour, Angstrom
+
+  int64_t nodes() const { return static_cast<int64_t>(species.size()); }
+  int64_t edges() const { return static_cast<int64_t>(centers.size()); }
+};
+
+class Model {
+ public:
+  // Loads a file; throws std::runtime_error with a message for the user.  `folder` holds the library of the compiled
+  // operators.
+  Model(const std::string& path, const std::string& device, const std::string& folder);
+  ~Model();
+
+  const std::vector<std::string>& species() const;
+  double cutoff() const;                // Angstrom
+  const std::string& precision() const;  // as the file was compiled: float32, float64, mixed, bf16
+  const std::string& backend() const;
+
+  // Whether the file can be evaluated on a part of a structure.
+  bool can_be_split() const;
+  // Bytes per node of the widest message of features.
+  int64_t message_bytes() const;
+
+  // Energies of owned atoms (eV), and the gradient of their sum, on all processes together if there is an exchange,
+  // with respect to the edge vectors (eV/Angstrom).  threads: 0 leaves them as they are.
+  void evaluate(const Graph& graph, const compactmlip_exchange* exchange, int threads, std::vector<double>& energies,
+                std::vector<double>& gradient);
+
+ private:
+  struct State;
+  std::unique_ptr<State> state_;
+};
+
+}  // namespace compactmlip
