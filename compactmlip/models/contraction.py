@@ -27,6 +27,15 @@ def num_weights(table: Products, parametrisation: Parametrisation) -> int:
     return table.mixing.shape[1 if parametrisation == "paths" else 0]
 
 
+def widened(features: Tensor | None, index: Tensor | None, width: int) -> Tensor:
+    """Features (N, rows, channels) in ``width`` channels, zero where ``index`` does not place one."""
+    assert features is not None
+    if index is None:
+        return features
+    shape = (features.shape[0], features.shape[1], width)
+    return features.new_zeros(shape).index_copy(2, index, features)
+
+
 class SymmetricContraction(nn.Module):
     """Sum of all symmetric products up to a degree, with weights per species and channel.
 
@@ -180,13 +189,7 @@ class SymmetricContraction(nn.Module):
         return features
 
     def _widened(self, x: Sequence[Tensor | None], l: int) -> Tensor:
-        """Features of order l with zeros in the channels that are not there."""
-        features, index = x[l], getattr(self, f"input_{l}")
-        assert features is not None
-        if index is None:
-            return features
-        shape = (features.shape[0], features.shape[1], self.width)
-        return features.new_zeros(shape).index_copy(2, index, features)
+        return widened(x[l], getattr(self, f"input_{l}"), self.width)
 
     def _split(self, values: Tensor, nu: int, parity: int) -> dict[tuple[int, int], Tensor]:
         pieces, row = {}, 0

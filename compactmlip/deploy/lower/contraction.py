@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from compactmlip.kernels.contraction_folded import contract_folded, fold_weights
 from compactmlip.kernels.contraction_source import compiled_program
-from compactmlip.models.contraction import SymmetricContraction
+from compactmlip.models.contraction import SymmetricContraction, widened
 
 
 class FoldedContraction(nn.Module):
@@ -70,12 +70,7 @@ class FoldedContraction(nn.Module):
         return contract_folded(parts, self.weights, species, self.program)
 
     def _widened(self, x: Sequence[Tensor | None], l: int) -> Tensor:
-        features, index = x[l], getattr(self, f"input_{l}")
-        assert features is not None
-        if index is None:
-            return features
-        shape = (features.shape[0], features.shape[1], self.width)
-        return features.new_zeros(shape).index_copy(2, index, features)
+        return widened(x[l], getattr(self, f"input_{l}"), self.width)
 
     def _original(self, x: Tensor | Sequence[Tensor | None], species: Tensor) -> Tensor:
         contraction = self.original

@@ -12,6 +12,7 @@ import copy
 import torch
 from torch import Tensor, nn
 
+from compactmlip.deploy.lower.base import LoweredModel
 from compactmlip.deploy.lower.contraction import FoldedContraction
 from compactmlip.deploy.lower.convolution import (
     PairTypes,
@@ -242,20 +243,14 @@ def _rows(embedding: Tensor, weight: Tensor) -> Tensor:
     return torch.einsum("sc,scd->sd", embedding, weight)
 
 
-class LoweredMACE(nn.Module):
+class LoweredMACE(LoweredModel):
     """Energy of each atom; what :class:`compactmlip.models.mace.MACE` computes."""
 
-    energy_scale: Tensor
-    energy_shift: Tensor
-    wide_geometry = True  # distances and their tables' weights are in float64 in any case
-
     def __init__(self, model: MACE, grid: Grid) -> None:
-        super().__init__()
+        super().__init__(model.energy_scale, model.energy_shift)
         count = 1 + max(t for t, layer in enumerate(model.layers) if layer.readout is not None)
         self.layers = nn.ModuleList(LoweredLayer(model, t, grid) for t in range(count))
         self.repulsion = copy.deepcopy(model.repulsion)
-        self.register_buffer("energy_scale", model.energy_scale.clone())
-        self.register_buffer("energy_shift", model.energy_shift.clone())
 
     def forward(self, species: Tensor, centers: Tensor, neighbors: Tensor, vectors: Tensor) -> Tensor:
         """Return (n_owned,), float64, eV."""
@@ -271,6 +266,4 @@ class LoweredMACE(nn.Module):
             x, part = layer(x, graph)
             if part is not None:
                 energy = energy + part.to(torch.float64)
-        own = graph.owned_species
-        scale, shift = self.energy_scale.index_select(0, own), self.energy_shift.index_select(0, own)
-        return energy * scale + shift
+        return self.in_ev(energy, graph.owned_species)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from compactmlip.deploy.lower.base import LoweredModel
 from compactmlip.deploy.lower.convolution import (
     PairTypes,
     SplineConvolution,
@@ -151,15 +152,11 @@ class Layer(nn.Module):
         return gate(add_features(update, own, len(self.out)), self.out)
 
 
-class LoweredNequIP(nn.Module):
+class LoweredNequIP(LoweredModel):
     """Energy of each atom; what :class:`compactmlip.models.nequip.NequIP` computes."""
 
-    energy_scale: Tensor
-    energy_shift: Tensor
-    wide_geometry = True  # distances and their tables' weights are in float64 in any case
-
     def __init__(self, model: NequIP, grid: Grid) -> None:
-        super().__init__()
+        super().__init__(model.energy_scale, model.energy_shift)
         layers: list[nn.Module] = [FirstLayer(model, grid)] if len(model.layers) else []
         layers += [Layer(model, t, grid) for t in range(1, len(model.layers))]
         self.layers = nn.ModuleList(layers)
@@ -167,8 +164,6 @@ class LoweredNequIP(nn.Module):
         hidden, last = model.readout_hidden, model.readout().detach()
         bias = None if hidden.bias is None else hidden.bias.detach() @ last
         self.readout = Dense(weights_of(hidden)[0] @ last, bias)
-        self.register_buffer("energy_scale", model.energy_scale.clone())
-        self.register_buffer("energy_shift", model.energy_shift.clone())
 
     def forward(self, species: Tensor, centers: Tensor, neighbors: Tensor, vectors: Tensor) -> Tensor:
         """Return (n_owned,), float64, eV."""
@@ -179,5 +174,4 @@ class LoweredNequIP(nn.Module):
             x = layer(x, graph)
         assert x[0] is not None
         energy = self.readout(x[0]).flatten().to(torch.float64)
-        scale, shift = self.energy_scale.index_select(0, own), self.energy_shift.index_select(0, own)
-        return energy * scale + shift
+        return self.in_ev(energy, own)
