@@ -18,7 +18,7 @@ from ase import Atoms
 from torch import Tensor, nn
 
 from compactmlip.data.graph import GraphBatch, build_graph, collate, energy_and_derivatives
-from compactmlip.deploy.archive import inspect, load_deployed
+from compactmlip.deploy.archive import DEPLOYED_VERSION, inspect, load_deployed
 from compactmlip.deploy.ase import CompactMLIPCalculator
 from compactmlip.deploy.compile import compile_model
 from compactmlip.errors import InputError, KernelError
@@ -98,7 +98,7 @@ def test_deployed_file(
     assert ["compactmlip::" in text for text in operators] == [False, True]
     deployments = [inspect(p)[1] for p in (plain, deployed_with_kernels)]
     assert [d.backend for d in deployments] == ["torch", "kernels"]
-    assert [d.format_version for d in deployments] == [3, 3]
+    assert [d.format_version for d in deployments] == [DEPLOYED_VERSION] * 2
     assert "needs compiled kernels" in describe(deployed_with_kernels)["file"]
     forces = []
     for path in (plain, deployed_with_kernels):
