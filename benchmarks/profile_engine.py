@@ -5,11 +5,12 @@ The second has floating-point operations, and the bytes of all tensors that go i
 roofline is the larger of both times that these would take at the machine's measured peaks; where tensors stay
 in a cache, more than 100 percent are possible.
 
-    OMP_NUM_THREADS=1 python benchmarks/profile_engine.py small.pt --system "MgO 216"
+    OMP_NUM_THREADS=1 python benchmarks/profile_engine.py small.pt large.pt --systems "MgO 216" "Si 64"
 """
 
 from __future__ import annotations
 
+import argparse
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -81,16 +82,10 @@ def roofline_table(
     return table((*columns, "percent of roofline"), rows)
 
 
-def main() -> None:
-    options_parser = parser(__doc__)
-    options_parser.add_argument("model", type=Path, help="deployed file, or checkpoint")
-    options_parser.add_argument("--system", default="MgO 216", help="kind and number of atoms")
-    options_parser.add_argument("--repeats", type=int, default=5)
-    options_parser.add_argument("--most", type=int, default=25, help="operators in the first table")
-    options = options_parser.parse_args()
-    torch.set_num_threads(options.threads)
-    evaluation = Evaluation(options.model)
-    kind, count = options.system.split()
+def section(path: Path, system: str, options: argparse.Namespace) -> str:
+    """Both tables of one file."""
+    evaluation = Evaluation(path)
+    kind, count = system.split()
     atoms = structure(kind, int(count))
     graph = evaluation.graph(atoms)
 
@@ -105,9 +100,8 @@ def main() -> None:
         run()
     peaks = {dtype: peak_flops(dtype) for dtype in (torch.float32, torch.float64)}
     bandwidth = peak_bandwidth()
-    text = header("Profile of the engine", "python benchmarks/profile_engine.py")
-    text += (
-        f"\n{options.model.name} ({str(evaluation.dtype).removeprefix('torch.')}), {options.system}: "
+    text = (
+        f"\n## {path.name}, {system}\n\n{str(evaluation.dtype).removeprefix('torch.')}; "
         f"{len(atoms)} atoms, {len(graph.centers)} edges; {1e3 * seconds:.4g} ms, "
         f"{len(atoms) / seconds:,.0f} atoms/s (median of {options.repeats}, without the profiler). Machine: "
         f"{1e-9 * peaks[torch.float32]:.0f} GFLOP/s in float32 and {1e-9 * peaks[torch.float64]:.0f} in "
@@ -115,7 +109,21 @@ def main() -> None:
     )
     text += time_table(times, options.most)
     text += "\nWork, and distance from the roofline, of operators with more than 1 percent of the time.\n\n"
-    text += roofline_table(times, counter, (peaks[evaluation.dtype], bandwidth), 0.01)
+    return text + roofline_table(times, counter, (peaks[evaluation.dtype], bandwidth), 0.01)
+
+
+def main() -> None:
+    options_parser = parser(__doc__)
+    options_parser.add_argument("models", nargs="+", type=Path, help="deployed files, or checkpoints")
+    options_parser.add_argument("--systems", nargs="+", default=["MgO 216"], help="for each file, or for all")
+    options_parser.add_argument("--repeats", type=int, default=5)
+    options_parser.add_argument("--most", type=int, default=12, help="operators in the first table")
+    options = options_parser.parse_args()
+    torch.set_num_threads(options.threads)
+    systems = options.systems * (len(options.models) if len(options.systems) == 1 else 1)
+    text = header("Profile of the engine", "python benchmarks/profile_engine.py")
+    for path, system in zip(options.models, systems, strict=True):
+        text += section(path, system, options)
     report(text, options.output)
 
 
