@@ -85,6 +85,7 @@ def lower(
     *,
     energy_bound: float = ENERGY_BOUND,
     force_bound: float = FORCE_BOUND,
+    runnable: Callable[[nn.Module], nn.Module] | None = None,
 ) -> Lowered:
     """Lower a native model with the smallest tables that keep the bounds.
 
@@ -100,6 +101,9 @@ def lower(
     energy_bound, force_bound
         Largest errors of an atom's energy (eV) and of a force component (eV/Angstrom); what is measured stays
         below them by :data:`MARGIN` where that is possible.
+    runnable
+        What makes the form of a lowered model that errors are measured with, where compiled operators cannot
+        be used.
 
     Raises
     ------
@@ -117,11 +121,12 @@ def lower(
     kept: Lowered | None = None
     for intervals, values in itertools.product(INTERVALS, (3, 2)):
         module = lower_on_grid(original, intervals + 1, values)
+        measured = module if runnable is None else runnable(module)
         energy = force = 0.0
         for graph, reference, shift, mask in zip(graphs, expected, shifts, counted, strict=True):
             if not mask.any():
                 continue
-            found = energy_and_derivatives(module, graph)
+            found = energy_and_derivatives(measured, graph)
             energies, forces = found.node_energies[mask], found.forces[mask]
             energy = max(energy, _error(energies, reference.node_energies[mask], shift[mask]))
             force = max(force, _error(forces, reference.forces[mask]))
