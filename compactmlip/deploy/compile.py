@@ -37,7 +37,14 @@ from compactmlip.deploy.matmul import matmul_precision
 from compactmlip.deploy.package import this_machine
 from compactmlip.deploy.precision import in_precision, input_dtype
 from compactmlip.deploy.selfcheck import TABLES, TOLERANCES, UNCHECKED, SelfChecker
-from compactmlip.errors import CheckpointError, InputError, KernelError, LoweringError, did_you_mean
+from compactmlip.errors import (
+    CheckpointError,
+    InputError,
+    KernelError,
+    LoweringError,
+    UnsupportedFeatureError,
+    did_you_mean,
+)
 from compactmlip.kernels.build import VARIABLE, load as load_kernels, mode, without_kernels
 from compactmlip.models import cast, exact_copy, model_spec
 from compactmlip.models.linear import ConstantWeight, ScaledWeight

@@ -3,8 +3,8 @@
 ``torch.ops.compactmlip.polynomial`` takes a polynomial as two tensors, so that a file holds all that it
 needs.  It is registered from Python when this module is imported: a program without Python cannot run such
 files.  On CUDA devices cuequivariance's method "uniform_1d" computes, which makes code for each polynomial;
-elsewhere :class:`compactmlip.kernels.polynomial.PlainPolynomial` does, slowly.  The CUDA part has not been run
-on a GPU so far.
+elsewhere :class:`compactmlip.kernels.polynomial.PlainPolynomial` does, slowly.  The CUDA part has not been
+run on a GPU so far.
 """
 
 from __future__ import annotations
@@ -99,8 +99,8 @@ def check(polynomial: Polynomial) -> None:
         difference = np.abs(a[0].numpy() - b)
         if not difference.max(initial=0.0) <= AGREEMENT * max(1.0, np.abs(b).max(initial=0.0)):
             raise KernelError(
-                f"the installed cuequivariance evaluates a polynomial differently, by {difference.max():.1e}; "
-                "versions from 0.13 on are known to work"
+                "the installed cuequivariance evaluates a polynomial differently, by "
+                f"{difference.max():.1e}; version 0.13 is known to work"
             )
 
 

@@ -181,7 +181,7 @@ def radial_polynomial(num_paths: int, values: int, channels: int) -> Polynomial:
     rows = np.array([(v * num_paths + p, v, p) for v in range(values) for p in range(num_paths)])
     ones = np.ones(len(rows))
     knot = Operand(values * num_paths, channels)
-    parts = (Products((0, 2, 3), rows, ones), Products((1, 2, 3), rows + [0, values, 0], ones))
+    parts = (Products((0, 2, 3), rows, ones), Products((1, 2, 3), rows + np.array([0, values, 0]), ones))
     return Polynomial((knot, knot, Operand(2 * values)), (Operand(num_paths, channels),), parts)
 
 
