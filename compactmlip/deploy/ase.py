@@ -94,6 +94,7 @@ class CompactMLIPCalculator(Calculator):
             device=self._device,
             dtype=str(engine.dtype).removeprefix("torch."),
             skin=float(skin),
+            cuda_graph=self._cuda_graph,
         )
 
     @property

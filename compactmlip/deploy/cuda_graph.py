@@ -9,7 +9,6 @@ tested on the CPU.
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -226,10 +225,7 @@ def check_recordable(path: Path, module: torch.jit.ScriptModule | None, device: 
         )
     if module is None:
         raise InputError(f"{path}: only TorchScript files (*.pt) can be recorded; leave out cuda_graph=True.")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        nodes = module.inlined_graph.nodes()
-    found = sorted({node.kind() for node in nodes} & VALUE_DEPENDENT)
+    found = sorted({node.kind() for node in module.inlined_graph.nodes()} & VALUE_DEPENDENT)
     if found:
         raise InputError(
             f"{path}: {', '.join(found)} cannot be part of a CUDA graph (weights per species in a file of "
