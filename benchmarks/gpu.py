@@ -1,4 +1,4 @@
-r"""Deployed files on an NVIDIA GPU: plain torch and cuequivariance, without and with CUDA graphs, and upstream.
+r"""Deployed files on an NVIDIA GPU: plain torch, cuequivariance, each also with CUDA graphs, and upstream.
 
 Energies and forces of MgO; neighbour lists are made before.  SevenNet has its own weights; MACE has random
 ones in the released architectures, made by mace-torch with --mace-python and natively without.  Calculations
