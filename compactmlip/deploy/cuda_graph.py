@@ -139,7 +139,8 @@ class Padded:
         else:
             inputs.fill(batch)
         energies, gradient = self.run(inputs)
-        return derivatives(batch, energies[:num_atoms].clone(), gradient[:num_edges].clone())
+        # Copies where the result would be part of what the next replay overwrites.
+        return derivatives(batch, energies[:num_atoms].clone(), gradient[:num_edges])
 
     def evaluate(self, inputs: PaddedInputs) -> tuple[Tensor, Tensor]:
         """Energies of the atoms, and the gradient of their sum with respect to the edge vectors."""

@@ -92,17 +92,6 @@ def test_files(backend: Any, tmp_path: Path, make_model: Any, make_spec: Any) ->
     assert 2 <= padded.prepared < len(graphs(spec)) - 1
 
 
-def test_results_are_not_overwritten(deployed_quick: Path) -> None:
-    """Each result is a copy: a recording writes into the same memory again."""
-    module, spec = load_deployed(deployed_quick)
-    first, second = graphs(spec)[1], graphs(spec)[3]
-    padded = Padded(without_profiling(module), spec.cutoff)
-    found = padded(first)
-    before = found.node_energies.clone(), found.forces.clone()
-    padded(second)
-    assert torch.equal(found.node_energies, before[0]) and torch.equal(found.forces, before[1])
-
-
 @pytest.mark.parametrize("spare_atoms", [1, 2, 50])
 @pytest.mark.parametrize("spare_edges", [0, 1, 7, 64])
 def test_padding(spare_atoms: int, spare_edges: int) -> None:
@@ -219,6 +208,22 @@ def test_recording(deployed_quick: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         found = recorded(graph)
         assert gpu.events == expected
         assert_equal(found, energy_and_derivatives(node_energy, graph))
+
+
+def test_results_are_not_overwritten(deployed_quick: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A recording writes into the same memory again; what has been returned is not part of it."""
+    module, spec = load_deployed(deployed_quick)
+    gpu = FakeGPU(monkeypatch)
+    recorded = gpu.recorded = Recorded(without_profiling(module), spec.cutoff)
+    atoms = bulk("MgO", "rocksalt", a=4.21, cubic=True)
+    atoms.rattle(0.1, seed=0)
+    found = recorded(build_graph(atoms, spec))
+    before = [getattr(found, name).clone() for name in ("energies", "node_energies", "forces", "stresses")]
+    atoms.rattle(0.1, seed=1)
+    assert not torch.equal(recorded(build_graph(atoms, spec)).node_energies, before[1])
+    assert gpu.events.count("record") == 1
+    for name, value in zip(("energies", "node_energies", "forces", "stresses"), before, strict=True):
+        assert torch.equal(getattr(found, name), value), name
 
 
 def test_recording_that_fails(deployed_quick: Path, monkeypatch: pytest.MonkeyPatch) -> None:

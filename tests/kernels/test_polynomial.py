@@ -108,6 +108,16 @@ def test_derivatives() -> None:
     assert torch.autograd.gradcheck(lambda x: contracted(weights, x), atoms[1:])
 
 
+def test_gradients_have_no_product_twice() -> None:
+    """The three derivatives of a a b by its factors are two products: 2 a b and a a."""
+    gradient = powers().gradient([False, True])
+    (cubic,) = (part for part in gradient.products if len(part.operands) == 5)
+    found = {tuple(row): float(c) for row, c in zip(cubic.segments, cubic.coefficients, strict=True)}
+    expected = {(0, 0, 1, 0, 0): 2.0, (0, 0, 0, 0, 1): 1.0, (0, 1, 1, 1, 1): 0.9}
+    expected |= {(1, 1, 2, 1, 0): -2.0, (1, 0, 2, 1, 1): -2.0, (1, 0, 1, 1, 2): -2.0}
+    assert found == pytest.approx(expected)
+
+
 def test_one_row_for_all() -> None:
     w, x = tensors(powers(), (1, N))
 
