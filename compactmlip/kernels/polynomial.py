@@ -42,7 +42,8 @@ class Products:
     operands
         Which operand each factor is from, ascending, and behind them that of the result.
     segments
-        (products, operands): segment of each.
+        (products, operands): segment of each; ascending among factors from one operand, or equal products of
+        a gradient are not merged.
     coefficients
         (products,).
     """
@@ -121,7 +122,7 @@ class Polynomial:
                 others = [p for p in range(len(part.operands)) if p != place]
                 operands = (*(part.operands[p] for p in others), number[k])
                 segments = part.segments[:, [*others, place]]
-                parts.setdefault(operands, []).append((_sorted(segments, operands), part.coefficients))
+                parts.setdefault(operands, []).append((segments, part.coefficients))
         products = []
         for operands, pieces in parts.items():
             rows = np.concatenate([segments for segments, _ in pieces])
@@ -132,15 +133,6 @@ class Polynomial:
             products.append(Products(operands, unique, total))
         outputs = tuple(self.inputs[k] for k in number)
         return Polynomial(self.operands, outputs, tuple(products))
-
-
-def _sorted(segments: NDArray[np.int64], operands: tuple[int, ...]) -> NDArray[np.int64]:
-    """The same products with the factors from one operand in ascending order."""
-    result = segments.copy()
-    for k in set(operands[:-1]):
-        columns = [p for p, operand in enumerate(operands[:-1]) if operand == k]
-        result[:, columns] = np.sort(segments[:, columns], axis=1)
-    return result
 
 
 class PlainPolynomial(nn.Module):
