@@ -269,8 +269,9 @@ def _make(compiler: Compiler, folder: Path, announce: bool) -> BuildReport:
             (temporary / FAILED).write_text(str(error))
             _replace(temporary, folder)
             raise
-        for made in (*temporary.glob("*.o"), *temporary.glob("*.h")):
-            made.unlink()
+        for made in temporary.iterdir():
+            if made != library:
+                made.unlink()
         note = {
             "sha256": _sha256(library),
             "compiler": str(compiler),

@@ -23,6 +23,17 @@ FLAGS = ("-std=c++20", "-O3", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-Wno-
 NATIVE = "-march=native"
 """Given where the compiler knows it."""
 
+COMMON_HEADERS = (
+    "ATen/ATen.h",
+    "ATen/Dispatch.h",
+    "ATen/Parallel.h",
+    "ATen/core/dispatch/Dispatcher.h",
+    "torch/csrc/autograd/custom_function.h",
+    "torch/library.h",
+)
+"""Torch's headers that most sources include.  They are read once: one file takes longer for them than for its
+own code."""
+
 COMPILE_TIMEOUT = 1800
 """Seconds after which a compiler that has not ended is stopped."""
 
@@ -114,6 +125,7 @@ def compile_library(compiler: Compiler, sources: Sequence[Path], target: Path) -
     include = [home / "include", home / "include" / "torch" / "csrc" / "api" / "include"]
     common = [*compiler.command, *flags, f"-I{target.parent}", *(f"-isystem{folder}" for folder in include)]
     common.append(f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}")
+    common += _precompiled(common, target.with_name("common.h"))
     objects = [target.with_name(f"{source.stem}.o") for source in sources]
     with ThreadPoolExecutor(max_workers=max(1, min(len(sources), os.cpu_count() or 1))) as pool:
         jobs = [
@@ -126,6 +138,16 @@ def compile_library(compiler: Compiler, sources: Sequence[Path], target: Path) -
     link = [*compiler.command, *flags, "-shared", *map(str, objects), f"-L{home / 'lib'}", *libraries]
     _check([*link, "-o", str(target)], target.name)
     return flags
+
+
+def _precompiled(command: list[str], header: Path) -> list[str]:
+    """Flags that let a source begin with the common headers, compiled; none where that does not work."""
+    header.write_text("".join(f"#include <{name}>\n" for name in COMMON_HEADERS))
+    try:
+        _check([*command, "-x", "c++-header", str(header), "-o", f"{header}.gch"], header.name)
+    except KernelError:  # sources include what they need themselves
+        return []
+    return ["-include", str(header)]
 
 
 def first_errors(output: str) -> str:

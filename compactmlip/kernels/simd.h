@@ -80,23 +80,39 @@ struct Number<T, true> {
 #endif
 
 #ifdef COMPACTMLIP_SHUFFLE
-// a and b hold partial sums in segments of G lanes; returns the segments of a, then of b, folded to G/2.
-template <int G, class V, int... I>
+// a and b hold partial sums; returns those of a and of b side by side, half as many of each.  kStep lanes lie
+// between the two that are added; in blocks of 16 bytes each is one instruction on x86.
+template <int kStep, int kBlock, class V, int... I>
 inline __attribute__((always_inline)) V fold(V a, V b, std::integer_sequence<int, I...>) {
-  constexpr int lanes = sizeof...(I), half = G / 2, segments = lanes / G;
-  constexpr auto from = [](int i, int shift) {
-    int segment = i / half, source = segment < segments ? 0 : lanes;
-    return source + (segment % segments) * G + i % half + shift;
+  constexpr int lanes = sizeof...(I);
+  // Within blocks (of the lanes that differ): a0 + a2, b0 + b2, a1 + a3, b1 + b3, then a, b, c, d.
+  constexpr auto within = [](int i, int shift) {
+    const int block = i / kBlock * kBlock, j = i % kBlock;
+    if (kStep == kBlock / 2) return (j % 2 ? lanes : 0) + block + j / 2 + shift;
+    return (j < 2 ? 0 : lanes) + block + j % 2 + shift;
   };
-  return __builtin_shufflevector(a, b, from(I, 0)...) + __builtin_shufflevector(a, b, from(I, half)...);
+  // Whole blocks: the halves of a, then those of b.
+  constexpr auto across = [](int i, int shift) {
+    constexpr int half = kStep, segment = 2 * kStep, segments = lanes / segment;
+    const int place = i / half, source = place < segments ? 0 : lanes;
+    return source + place % segments * segment + i % half + shift;
+  };
+  if constexpr (kStep < kBlock) {
+    constexpr int shift = kStep == kBlock / 2 ? kStep : 2;
+    return __builtin_shufflevector(a, b, within(I, 0)...) + __builtin_shufflevector(a, b, within(I, shift)...);
+  } else {
+    return __builtin_shufflevector(a, b, across(I, 0)...) + __builtin_shufflevector(a, b, across(I, kStep)...);
+  }
 }
 
-template <int kLanes, int G, class V>
+template <int kLanes, int kStep, int kBlock, int kCount, class V>
 inline __attribute__((always_inline)) void fold_all(V* x) {
-  if constexpr (G > 1) {
-    for (int k = 0; k < G / 2; k++)
-      x[k] = fold<G>(x[2 * k], x[2 * k + 1], std::make_integer_sequence<int, kLanes>{});
-    fold_all<kLanes, G / 2>(x);
+  if constexpr (kCount > 1) {
+    for (int k = 0; k < kCount / 2; k++)
+      x[k] = fold<kStep, kBlock>(x[2 * k], x[2 * k + 1], std::make_integer_sequence<int, kLanes>{});
+    // Within blocks first, then from half the width down to one block.
+    constexpr int next = kStep > kBlock ? kStep / 2 : kStep == kBlock ? 0 : kStep > 1 ? kStep / 2 : kLanes / 2;
+    fold_all<kLanes, next, kBlock, kCount / 2>(x);
   }
 }
 #endif
@@ -104,21 +120,21 @@ inline __attribute__((always_inline)) void fold_all(V* x) {
 // out[m] = sum of the lanes of x[m], always in the same order.
 template <class T, class V>
 inline void sum_lanes(const V* x, int64_t count, T* out) {
-  constexpr int64_t lanes = sizeof(V) / sizeof(T);
-  for (int64_t m = 0; m < count; m += lanes) {
-    const int64_t here = count - m < lanes ? count - m : lanes;
+  constexpr int lanes = sizeof(V) / sizeof(T);
+  int64_t m = 0;
 #ifdef COMPACTMLIP_SHUFFLE
-    V block[lanes];
-    for (int64_t k = 0; k < lanes; k++) block[k] = k < here ? x[m + k] : V{};
-    fold_all<lanes, lanes>(block);
-    std::memcpy(out + m, block, static_cast<size_t>(here) * sizeof(T));
-#else
-    for (int64_t k = 0; k < here; k++) {
-      T sum = 0;
-      for (int64_t lane = 0; lane < lanes; lane++) sum += x[m + k][lane];
-      out[m + k] = sum;
-    }
+  constexpr int block = 16 / sizeof(T);
+  for (; m + lanes <= count; m += lanes) {
+    V sums[lanes];
+    for (int k = 0; k < lanes; k++) sums[k] = x[m + k];
+    fold_all<lanes, block / 2, block, lanes>(sums);
+    store(out + m, sums[0]);
+  }
 #endif
+  for (; m < count; m++) {
+    T sum = 0;
+    for (int lane = 0; lane < lanes; lane++) sum += x[m][lane];
+    out[m] = sum;
   }
 }
 

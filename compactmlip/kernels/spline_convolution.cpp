@@ -21,9 +21,11 @@ using Gradients = std::tuple<Tensor, std::vector<Tensor>>;
 #define CONVOLUTION_ARGUMENTS                                                                              \
   const Tensor &vectors, TensorList features, const Tensor &species, const Tensor &centers,                \
       const Tensor &neighbors, const Tensor &table, const Tensor &pairs, const Tensor &structure,          \
-      const Tensor &coefficients, IntArrayRef paths, IntArrayRef channels, double cutoff
+      const Tensor &coefficients, IntArrayRef paths, IntArrayRef channels, double cutoff,   \
+      double kink, int64_t knots_before_kink
 #define CONVOLUTION_CALL \
-  vectors, features, species, centers, neighbors, table, pairs, structure, coefficients, paths, channels, cutoff
+  vectors, features, species, centers, neighbors, table, pairs, structure, coefficients, paths, channels, \
+      cutoff, kink, knots_before_kink
 
 // ----------------------------------------------------------------------------------------------- arguments
 
@@ -120,9 +122,11 @@ void run(CONVOLUTION_ARGUMENTS, const Plan& plan, Outputs& to) {
   const Tensor z = species.contiguous();
   const Edges edges = sort_edges(i, j, nodes);
   const std::vector<Tensor> h = readable(features, plan, nodes, r.scalar_type());
-  const double per_angstrom = static_cast<double>(table.size(1) - 1) / cutoff;
+  const double intervals = static_cast<double>(table.size(1) - knots_before_kink - 1);
+  const double before = kink > 0 ? static_cast<double>(knots_before_kink - 1) / kink : 0;
   Problem<T, B> s{plan,
-               {table.const_data_ptr<T>(), table.size(1), cutoff, per_angstrom,
+               {table.const_data_ptr<T>(), table.size(1), cutoff, kink, knots_before_kink,
+                {before, intervals / (cutoff - kink)},
                 pairs.size(0) ? pairs.const_data_ptr<int64_t>() : nullptr, pairs.size(0)},
                r.const_data_ptr<T>(), coefficients.const_data_ptr<T>(), z.const_data_ptr<int64_t>(),
                j.const_data_ptr<int64_t>(), edges, features.empty(), {}, {}, {}, nullptr, {}};
@@ -135,7 +139,7 @@ void run(CONVOLUTION_ARGUMENTS, const Plan& plan, Outputs& to) {
   for (Tensor& g : to.gradients) s.gradients.push_back(g.numel() ? g.const_data_ptr<T>() : nullptr);
   if (to.vectors.defined()) s.vector_gradient = to.vectors.mutable_data_ptr<T>();
   for (const Path& path : plan.paths)
-    s.functions.push_back(path_functions<T, B>(path.components(), path.rows(), s.unit));
+    s.functions.push_back(path_functions<T, B>(path, s.unit));
   if (s.vector_gradient) run_backward<T, B>(s, nodes);
   else run_forward<T, B>(s, nodes);
 }
@@ -156,6 +160,12 @@ void run(CONVOLUTION_ARGUMENTS, Outputs& to) {
 void run(CONVOLUTION_ARGUMENTS, Outputs& to) {
   check_types(vectors, species, centers, neighbors, table, pairs, coefficients);
   TORCH_CHECK_VALUE(cutoff > 0, "compactmlip::spline_convolve: the cutoff must be positive, not ", cutoff, ".");
+  TORCH_CHECK_VALUE(kink == 0 ? knots_before_kink == 0
+                              : kink > 0 && kink < cutoff && knots_before_kink >= 2 &&
+                                    knots_before_kink <= table.size(1) - 2,
+                    "compactmlip::spline_convolve: a kink must be below the cutoff ", cutoff,
+                    " with at least two of ", table.size(1), " knots on either side, not ", kink, " behind ",
+                    knots_before_kink, " knots.");
   if (vectors.scalar_type() == at::kFloat) run<float>(CONVOLUTION_CALL, to);
   else run<double>(CONVOLUTION_CALL, to);
 }
@@ -216,7 +226,7 @@ class SplineConvolve : public torch::autograd::Function<SplineConvolve> {
                                const Tensor& species, const Tensor& centers, const Tensor& neighbors,
                                const Tensor& table, const Tensor& pairs, const Tensor& structure,
                                const Tensor& coefficients, IntArrayRef paths, IntArrayRef channels,
-                               double cutoff) {
+                               double cutoff, double kink, int64_t knots_before_kink) {
     at::AutoDispatchBelowADInplaceOrView below;
     static auto op = c10::Dispatcher::singleton()
                          .findSchemaOrThrow("compactmlip::spline_convolve", "")
@@ -228,6 +238,8 @@ class SplineConvolve : public torch::autograd::Function<SplineConvolve> {
     context->saved_data["paths"] = paths.vec();
     context->saved_data["channels"] = channels.vec();
     context->saved_data["cutoff"] = cutoff;
+    context->saved_data["kink"] = kink;
+    context->saved_data["before"] = knots_before_kink;
     bool wanted = false;
     for (const Tensor& f : features) wanted |= f.requires_grad();
     context->saved_data["wanted"] = wanted;
@@ -248,11 +260,12 @@ class SplineConvolve : public torch::autograd::Function<SplineConvolve> {
                          .typed<Gradients(TensorList, CONVOLUTION_ARGUMENTS, bool)>();
     auto [vectors, of_features] =
         op.call(gradients, saved[0], features, saved[1], saved[2], saved[3], saved[4], saved[5], saved[6],
-                saved[7], paths, channels, context->saved_data["cutoff"].toDouble(), wanted);
+                saved[7], paths, channels, context->saved_data["cutoff"].toDouble(),
+                context->saved_data["kink"].toDouble(), context->saved_data["before"].toInt(), wanted);
     variable_list found{vectors};
     if (wanted) found.insert(found.end(), of_features.begin(), of_features.end());
     else found.resize(1 + features.size());
-    found.resize(found.size() + 10);
+    found.resize(found.size() + 12);
     return found;
   }
 };
@@ -266,11 +279,13 @@ std::vector<Tensor> spline_convolve_autograd(CONVOLUTION_ARGUMENTS) {
 #define CONVOLUTION_SCHEMA                                                                                  \
   "Tensor vectors, Tensor[] features, Tensor species, Tensor centers, Tensor neighbors, Tensor table, "     \
   "Tensor pairs, Tensor structure, Tensor coefficients, int[] paths, int[] channels, float cutoff"
+// Defaults: files of format 3 were written without.
+#define KINK_SCHEMA ", float kink=0., int knots_before_kink=0"
 
 TORCH_LIBRARY_FRAGMENT(compactmlip, m) {
-  m.def("spline_convolve(" CONVOLUTION_SCHEMA ") -> Tensor[]");
+  m.def("spline_convolve(" CONVOLUTION_SCHEMA KINK_SCHEMA ") -> Tensor[]");
   m.def("spline_convolve_backward(Tensor[] gradients, " CONVOLUTION_SCHEMA
-        ", bool want_features) -> (Tensor, Tensor[])");
+        ", float kink, int knots_before_kink, bool want_features) -> (Tensor, Tensor[])");
 }
 
 TORCH_LIBRARY_IMPL(compactmlip, CPU, m) {

@@ -145,14 +145,13 @@ void backward_center(const Problem<T, B>& s, const Sizes& sizes, Workspace<T>& m
                      int64_t feature_size, int64_t k0) {
   using V = Vec<T, B>;
   constexpr int64_t lanes = kLanes<T, B>;
-  memory.reserve((2 * kTile + 1 + 2 * lanes) * sizes.entries + 4 * sizes.columns + 3 * sizes.features +
+  memory.reserve((2 + lanes) * kTile * sizes.entries + 4 * sizes.columns + 3 * sizes.features +
                  (1 + lanes) * kTile + 512);
   T *K = memory.take(sizes.entries * kTile), *dK = memory.take(sizes.entries * kTile);
   T *R = memory.take(2 * sizes.columns), *dR = memory.take(2 * sizes.columns);
   T *local = memory.take(2 * sizes.features), *x = memory.take(sizes.features), *radial = memory.take(kTile);
-  T* sums = memory.take(sizes.entries);
-  // Lanes of the sums over channels, of one edge each.
-  V* entries[2] = {memory.template take_vectors<V>(sizes.entries), memory.template take_vectors<V>(sizes.entries)};
+  // Lanes of the sums over channels; the lanes of eight edges are added together.
+  V* entries = memory.template take_vectors<V>(sizes.entries * kTile);
   V* slopes = memory.template take_vectors<V>(kTile);
   Tile<T> t;
   over_tiles(s, center, t, [&](int64_t k) {
@@ -161,7 +160,6 @@ void backward_center(const Problem<T, B>& s, const Sizes& sizes, Workspace<T>& m
     int64_t offset = 0;
     for (const Group& group : s.plan.groups) {
       couple(t, group, s.coefficients, K);
-      std::fill_n(dK, group.entries * kTile, T(0));
       const Feature<T>& feature = s.features[group.l1];
       const int64_t size = group.size();
       for (int e = 0; e < t.count; e += 2) {
@@ -182,8 +180,8 @@ void backward_center(const Problem<T, B>& s, const Sizes& sizes, Workspace<T>& m
           for (int m = 0; m < p.count; m++) {
             p.R[m] = R + m * sizes.columns + path.column - group.column;
             p.dR[m] = dR + m * sizes.columns + path.column - group.column;
-            p.dK[m] = entries[m] + path.entry;
           }
+          p.dK = entries + path.entry * kTile + e;
           p.channels = path.channels;
           p.rows = path.rows();
           p.K = K + path.entry * kTile + e;
@@ -192,16 +190,13 @@ void backward_center(const Problem<T, B>& s, const Sizes& sizes, Workspace<T>& m
           p.first = n == group.first;
           s.functions[n].backward(p);
         }
-        for (int n = 0; n < p.count; n++) {
-          sum_lanes<T>(entries[n], group.entries, sums);
-          for (int64_t k = 0; k < group.entries; k++) dK[k * kTile + e + n] = sums[k];
-        }
         for (int n = 0; feature.gradient && !dh && n < p.count; n++) {
           T* to = feature.gradient + s.neighbors[t.edge[e + n]] * size;
           for (int64_t c = 0; c < size; c += lanes)
             store(to + c, load<T, B>(to + c) + load<T, B>(p.dh[n] + c));
         }
       }
+      sum_lanes<T>(entries, group.entries * kTile, dK);
       uncouple(t, group, s.coefficients, dK);
       if (feature.gradient) offset += size;
     }

@@ -108,22 +108,44 @@ def hermite_weights(u: Tensor, values_per_knot: int) -> Tensor:
     return torch.stack(parts, dim=-1)
 
 
-def interpolate(table: Tensor, types: Tensor, lengths: Tensor, cutoff: float) -> Tensor:
+def knots_around(
+    lengths: Tensor, num_knots: int, values_per_knot: int, cutoff: float, kink: float, knots_before_kink: int
+) -> tuple[Tensor, Tensor]:
+    """Knot before each distance (E,), and weights (E, 2 * values_per_knot) of the values there and behind it.
+
+    Beyond the cutoff the weights mean nothing.  Arguments are those of :func:`interpolate`.
+    """
+    behind = lengths >= kink
+    rest = num_knots - knots_before_kink
+    before, after = kink / max(knots_before_kink - 1, 1), (cutoff - kink) / (rest - 1)
+    position = torch.where(behind, (lengths - kink) / after, lengths / (before or 1.0))
+    last = torch.where(behind, rest, knots_before_kink) - 2
+    interval = torch.minimum(position.detach().clamp(min=0), last).floor()
+    index = (interval + behind * knots_before_kink).long()
+    return index, hermite_weights(position - interval, values_per_knot)
+
+
+def interpolate(
+    table: Tensor,
+    types: Tensor,
+    lengths: Tensor,
+    cutoff: float,
+    kink: float = 0.0,
+    knots_before_kink: int = 0,
+) -> Tensor:
     """Tabulated functions at distances, (E, columns); zero beyond the cutoff.
 
     Parameters
     ----------
     table
-        (types, knots, values per knot, columns); knots lie evenly from 0 to the cutoff, derivatives are per
-        interval.
+        (types, knots, values per knot, columns); derivatives are per interval.
     types, lengths
         (E,) index of the table and distance in Angstrom.
+    cutoff, kink, knots_before_kink
+        Where the knots lie, see :class:`compactmlip.deploy.lower.splines.Grid`.
     """
     num_knots, values = table.shape[1], table.shape[2]
-    position = lengths * ((num_knots - 1) / cutoff)
-    knot = position.detach().clamp(0, num_knots - 2).floor()
-    weights = hermite_weights(position - knot, values)
-    index = knot.long()
+    index, weights = knots_around(lengths, num_knots, values, cutoff, kink, knots_before_kink)
     rows = torch.cat([table[types, index], table[types, index + 1]], dim=1)
     found = (weights.unsqueeze(-1) * rows).sum(1)
     return torch.where((lengths < cutoff).unsqueeze(-1), found, torch.zeros_like(found))
@@ -140,6 +162,8 @@ def spline_convolve_reference(
     shape: SplineStructure,
     channels: Sequence[int],
     cutoff: float,
+    kink: float = 0.0,
+    knots_before_kink: int = 0,
     *,
     solid: bool = False,
 ) -> list[Tensor]:
@@ -171,7 +195,9 @@ def spline_convolve_reference(
     types = torch.zeros_like(centers)
     if pairs.numel():
         types = pairs[species[centers], species[neighbors]]
-    weights = interpolate(table, types, lengths, cutoff).split(list(channels), dim=-1)
+    weights = interpolate(table, types, lengths, cutoff, kink, knots_before_kink).split(
+        list(channels), dim=-1
+    )
     messages: list[list[Tensor]] = [[] for _ in range(1 + max((p[2] for p in shape.paths), default=-1))]
     num_nodes = species.shape[0]
     for (l1, l2, l3), weight in zip(shape.paths, weights, strict=True):
@@ -197,8 +223,12 @@ def operations(shape: SplineStructure, channels: Sequence[int], *, unit: bool) -
     """
     values = 2 * int(shape.structure[2])
     forward = backward = 0
-    for (l1, _, l3), size in zip(shape.paths, channels, strict=True):
+    for (l1, l2, l3), size in zip(shape.paths, channels, strict=True):
         components, products = 2 * l1 + 1, (2 * l1 + 1) * (2 * l3 + 1)
+        if l2 == 0:  # diagonal, and constant
+            forward += size * (2 * values + 3 * components)
+            backward += size * (4 * values + (2 if unit else 5) * components + 2)
+            continue
         forward += size * (2 * values + (0 if unit else components) + 2 * products)
         backward += size * (4 * values + 4 * products + (2 if unit else 7 * components + 2))
     return forward, backward

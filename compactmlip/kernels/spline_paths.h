@@ -6,7 +6,8 @@
 //   dh[a]  += R z[a]      dR = sum_a h[a] z[a]            dK[r, a] = sum_c g[r] x[a]
 //
 // A = 2 l1 + 1 components and NR = 2 l3 + 1 rows are unrolled where they are 1, 3, 5 or 7; 0 is any size.
-// kUnit: the features are one, and have no gradient.
+// kUnit: the features are one, and have no gradient.  Paths with l2 = 0 have K[r, a] = k if r = a, else zero,
+// whatever the direction.
 #pragma once
 
 #include <algorithm>
@@ -99,6 +100,18 @@ void forward_path(const ForwardPath<T>& p) {
     }
 }
 
+// l2 = 0.
+template <class T, int64_t B>
+void forward_diagonal(const ForwardPath<T>& p) {
+  for (int64_t r = 0; r < p.rows; r++)
+    for (int64_t c = 0; c < p.channels; c += kLanes<T, B>) {
+      Vec<T, B> sum = p.first ? Vec<T, B>{} : load<T, B>(p.out + r * p.out_stride + c);
+      for (int e = 0; e < p.count; e++)
+        sum += p.K[0] * load<T, B>(p.R + e * p.channels + c) * load<T, B>(p.h[e] + r * p.h_stride + c);
+      store(p.out + r * p.out_stride + c, sum);
+    }
+}
+
 template <class T, int64_t B>
 struct BackwardPath {
   int count;  // edges of the tile, one or two
@@ -109,7 +122,7 @@ struct BackwardPath {
   int64_t g_stride;
   T* dh[2];            // (components, channels), or null
   Vec<T, B>* slope[2];  // lanes of the derivative with respect to the distance; added to
-  Vec<T, B>* dK[2];     // lanes of the derivatives with respect to the entries, (rows * components)
+  Vec<T, B>* dK;        // lanes of the derivatives with respect to the entries, (rows * components, kTile)
   bool first;           // path of the group: dh holds nothing yet
   T* x;                 // scratch, (components, channels)
 };
@@ -157,7 +170,7 @@ inline void backward_scalar(const BackwardPath<T, B>& p, int e0) {
   }
   for (int e = 0; e < EB; e++) {
     *p.slope[e0 + e] += slope[e];
-    for (int r = 0; r < NR; r++) p.dK[e0 + e][r] = entries[e][r];
+    for (int r = 0; r < NR; r++) p.dK[r * kTile + e0 + e] = entries[e][r];
   }
 }
 
@@ -192,7 +205,7 @@ inline void backward_features(const BackwardPath<T, B>& p, int e) {
 }
 
 template <class T, int64_t B, int A, int TR>
-inline void entry_rows(const BackwardPath<T, B>& p, int row, Vec<T, B>* sums) {
+inline void entry_rows(const BackwardPath<T, B>& p, int row, int e) {
   using V = Vec<T, B>;
   V sum[TR][A];
   for (int r = 0; r < TR; r++)
@@ -207,7 +220,7 @@ inline void entry_rows(const BackwardPath<T, B>& p, int row, Vec<T, B>* sums) {
     }
   }
   for (int r = 0; r < TR; r++)
-    for (int a = 0; a < A; a++) sums[(row + r) * A + a] = sum[r][a];
+    for (int a = 0; a < A; a++) p.dK[((row + r) * A + a) * kTile + e] = sum[r][a];
 }
 
 template <class T, int64_t B, int A, int NR>
@@ -219,8 +232,8 @@ inline void backward_entries(const BackwardPath<T, B>& p, int e) {
 #endif
   constexpr int TR = std::clamp(registers / A, 1, NR);
   int row = 0;
-  for (; row + TR <= NR; row += TR) entry_rows<T, B, A, TR>(p, row, p.dK[e]);
-  if constexpr (NR % TR != 0) entry_rows<T, B, A, NR % TR>(p, row, p.dK[e]);
+  for (; row + TR <= NR; row += TR) entry_rows<T, B, A, TR>(p, row, e);
+  if constexpr (NR % TR != 0) entry_rows<T, B, A, NR % TR>(p, row, e);
 }
 
 // Any sizes.
@@ -228,8 +241,8 @@ template <class T, int64_t B>
 inline void backward_any(const BackwardPath<T, B>& p, int e) {
   using V = Vec<T, B>;
   const int64_t A = p.components;
-  V *sums = p.dK[e], slope{};
-  std::fill_n(sums, p.rows * A, V{});
+  V *sums = p.dK + e, slope{};
+  for (int64_t k = 0; k < p.rows * A; k++) sums[k * kTile] = V{};
   for (int64_t c = 0; c < p.channels; c += kLanes<T, B>) {
     const V R = load<T, B>(p.R[e] + c), dR = load<T, B>(p.dR[e] + c);
     for (int64_t a = 0; a < A; a++) {
@@ -238,7 +251,7 @@ inline void backward_any(const BackwardPath<T, B>& p, int e) {
       for (int64_t r = 0; r < p.rows; r++) {
         const V g = load<T, B>(p.g + r * p.g_stride + c);
         z += p.K[(r * A + a) * kTile + e] * g;
-        sums[r * A + a] += g * (R * h);
+        sums[(r * A + a) * kTile] += g * (R * h);
       }
       slope += dR * (h * z);
       if (p.dh[e]) {
@@ -248,6 +261,32 @@ inline void backward_any(const BackwardPath<T, B>& p, int e) {
     }
   }
   *p.slope[e] += slope;
+}
+
+// l2 = 0: the entries do not depend on the direction, and their derivatives are not formed.
+template <class T, int64_t B, bool kUnit>
+void backward_diagonal(const BackwardPath<T, B>& p) {
+  using V = Vec<T, B>;
+  for (int e = 0; e < p.count; e++) {
+    V slope{};
+    for (int64_t c = 0; c < p.channels; c += kLanes<T, B>) {
+      const V R = load<T, B>(p.R[e] + c);
+      V t{};
+      for (int64_t r = 0; r < p.rows; r++) {
+        const V z = p.K[e] * load<T, B>(p.g + r * p.g_stride + c);
+        if constexpr (kUnit) {
+          t += z;
+        } else {
+          t += z * load<T, B>(p.h[e] + r * p.h_stride + c);
+          if (!p.dh[e]) continue;
+          T* to = p.dh[e] + r * p.channels + c;
+          store(to, p.first ? R * z : load<T, B>(to) + R * z);
+        }
+      }
+      slope += t * load<T, B>(p.dR[e] + c);
+    }
+    *p.slope[e] += slope;
+  }
 }
 
 template <class T, int64_t B, int A, int NR, bool kUnit>
@@ -293,7 +332,10 @@ PathFunctions<T, B> path_functions(int64_t rows, bool unit) {
 }
 
 template <class T, int64_t B>
-PathFunctions<T, B> path_functions(int64_t components, int64_t rows, bool unit) {
+PathFunctions<T, B> path_functions(const Path& path, bool unit) {
+  const int64_t components = path.components(), rows = path.rows();
+  if (path.l2 == 0)
+    return {forward_diagonal<T, B>, unit ? backward_diagonal<T, B, true> : backward_diagonal<T, B, false>};
   if (rows > 7) return path_functions<T, B, 0, 0>(unit);
   switch (components) {
     case 1: return path_functions<T, B, 1>(rows, unit);

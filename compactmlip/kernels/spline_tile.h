@@ -17,11 +17,15 @@ namespace compactmlip {
 constexpr int kTile = 8;
 #define EACH_EDGE _Pragma("omp simd") for (int e = 0; e < kTile; e++)
 
+// Knots lie evenly from zero to the kink, and, with a second knot there, from the kink to the cutoff: the
+// second derivatives on its two sides differ.
 template <class T>
 struct Table {
   const T* values;  // (types, knots, values per knot, columns)
   int64_t knots;
-  double cutoff, per_angstrom;  // intervals per Angstrom
+  double cutoff, kink;      // kink: zero where there is none
+  int64_t before;           // knots up to the kink
+  double per_angstrom[2];   // intervals per Angstrom on both sides
   const int64_t* pairs;    // (species, species) type by species of centre and neighbour, or null
   int64_t num_species;
 };
@@ -37,19 +41,32 @@ struct alignas(64) Tile {
 };
 
 // Hermite interpolation between two knots with value and derivative (2 values per knot), or second derivative
-// as well (3); derivatives are per interval.
-inline void hermite(int values, double u, double* w, double* d) {
-  const double v = 1 - u;
+// as well (3), at u in [0, 1]: weights times scale, and their derivatives times slope.
+template <class T>
+inline void hermite(Tile<T>& t, int values, const double* u, const double* scale, const double* slope) {
+  auto set = [&](int k, int e, double w, double d) {
+    t.weight[k][e] = static_cast<T>(scale[e] * w);
+    t.slope[k][e] = static_cast<T>(slope[e] * d);
+  };
   if (values == 2) {
-    w[0] = (1 + 2 * u) * v * v, w[1] = u * v * v, w[2] = u * u * (3 - 2 * u), w[3] = -u * u * v;
-    d[0] = -6 * u * v, d[1] = v * (1 - 3 * u), d[2] = 6 * u * v, d[3] = u * (3 * u - 2);
+    EACH_EDGE {
+      const double x = u[e], v = 1 - x;
+      set(0, e, (1 + 2 * x) * v * v, -6 * x * v);
+      set(1, e, x * v * v, v * (1 - 3 * x));
+      set(2, e, x * x * (3 - 2 * x), 6 * x * v);
+      set(3, e, -x * x * v, x * (3 * x - 2));
+    }
     return;
   }
-  const double u2 = u * u, u3 = u2 * u, v2 = v * v, v3 = v2 * v;
-  w[0] = v3 * (1 + u * (3 + 6 * u)), w[1] = v3 * u * (1 + 3 * u), w[2] = v3 * u2 / 2;
-  w[3] = u3 * (1 + v * (3 + 6 * v)), w[4] = -u3 * v * (1 + 3 * v), w[5] = u3 * v2 / 2;
-  d[0] = -30 * u2 * v2, d[1] = v2 * (1 + u * (2 - 15 * u)), d[2] = v2 * u * (2 - 5 * u) / 2;
-  d[3] = 30 * u2 * v2, d[4] = u2 * (1 + v * (2 - 15 * v)), d[5] = -u2 * v * (2 - 5 * v) / 2;
+  EACH_EDGE {
+    const double x = u[e], v = 1 - x, x2 = x * x, x3 = x2 * x, v2 = v * v, v3 = v2 * v;
+    set(0, e, v3 * (1 + x * (3 + 6 * x)), -30 * x2 * v2);
+    set(1, e, v3 * x * (1 + 3 * x), v2 * (1 + x * (2 - 15 * x)));
+    set(2, e, v3 * x2 / 2, v2 * x * (2 - 5 * x) / 2);
+    set(3, e, x3 * (1 + v * (3 + 6 * v)), 30 * x2 * v2);
+    set(4, e, -x3 * v * (1 + 3 * v), x2 * (1 + v * (2 - 15 * v)));
+    set(5, e, x3 * v2 / 2, -x2 * v * (2 - 5 * v) / 2);
+  }
 }
 
 // Vectors, spline weights and harmonics of the edges listed in the tile.  The lanes behind the last edge
@@ -74,23 +91,24 @@ inline void read_tile(Tile<T>& t, const Plan& plan, const Table<T>& table, const
     t.direction[1][e] = static_cast<T>(y * inverse);
     t.direction[2][e] = static_cast<T>(z * inverse);
   }
-  for (int e = 0; e < t.count; e++) {
+  double place[kTile], scale[kTile], slope[kTile];
+  for (int e = 0; e < kTile; e++) {
+    const int64_t edge = t.edge[std::min(e, t.count - 1)];
     int64_t type = 0;
-    if (table.pairs) type = table.pairs[species[center] * table.num_species + species[neighbors[t.edge[e]]]];
-    const bool inside = length[e] < table.cutoff;
-    const double position = inside ? length[e] * table.per_angstrom : 0;
-    const int64_t knot = std::min(static_cast<int64_t>(position), table.knots - 2);
-    double w[6], d[6];
-    hermite(values, position - static_cast<double>(knot), w, d);
+    if (table.pairs) type = table.pairs[species[center] * table.num_species + species[neighbors[edge]]];
+    const bool inside = length[e] < table.cutoff, behind = !(length[e] < table.kink);
+    const double per_angstrom = table.per_angstrom[behind];
+    const double position = inside ? (length[e] - (behind ? table.kink : 0)) * per_angstrom : 0;
+    const int64_t last = (behind ? table.knots - table.before : table.before) - 2;
+    const int64_t interval = std::min(static_cast<int64_t>(position), last);
+    const int64_t knot = interval + (behind ? table.before : 0);
     // Zero beyond the cutoff; what is not a number must not look like one.
-    const double scale =
-        inside ? 1.0 : length[e] >= table.cutoff ? 0.0 : std::numeric_limits<double>::quiet_NaN();
-    for (int k = 0; k < 2 * values; k++) {
-      t.weight[k][e] = static_cast<T>(scale * w[k]);
-      t.slope[k][e] = static_cast<T>(scale * d[k] * table.per_angstrom);
-    }
+    scale[e] = inside ? 1.0 : length[e] >= table.cutoff ? 0.0 : std::numeric_limits<double>::quiet_NaN();
+    place[e] = position - static_cast<double>(interval);
+    slope[e] = scale[e] * per_angstrom;
     t.row[e] = table.values + (type * table.knots + knot) * values * plan.columns;
   }
+  hermite(t, values, place, scale, slope);
   EACH_EDGE t.y[0][e] = 1;
   if (plan.lmax > 0) {
     const T first = static_cast<T>(std::sqrt(3.0));
@@ -120,6 +138,7 @@ inline void couple(const Tile<T>& t, const Group& group, const T* coefficients, 
 template <class T>
 inline void uncouple(Tile<T>& t, const Group& group, const T* coefficients, const T* adjoint) {
   for (int64_t k = 0; k < group.num_terms; k++) {
+    if (group.terms[2 * k + 1] == 0) continue;  // a constant
     const T value = coefficients[group.term_values + k];
     const T* from = adjoint + group.terms[2 * k] * kTile;
     T* to = t.dy[group.terms[2 * k + 1]];

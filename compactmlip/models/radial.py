@@ -17,6 +17,11 @@ class PolynomialEnvelope(BaseModel):
     kind: Literal["polynomial"] = "polynomial"
     p: int = Field(default=6, ge=2)
 
+    @property
+    def kink(self) -> None:
+        """Smooth below the cutoff."""
+        return None
+
     def evaluate(self, r: Tensor, cutoff: float) -> Tensor:
         """Envelope at distances ``r`` (Angstrom); zero beyond the cutoff."""
         p, x = self.p, r / cutoff
@@ -31,6 +36,11 @@ class XPLOREnvelope(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
     kind: Literal["xplor"] = "xplor"
     onset: float = Field(gt=0, description="Angstrom")
+
+    @property
+    def kink(self) -> float:
+        """Distance (Angstrom) at which the second derivative jumps."""
+        return self.onset
 
     def evaluate(self, r: Tensor, cutoff: float) -> Tensor:
         """Envelope at distances ``r`` (Angstrom); zero beyond the cutoff."""

@@ -28,10 +28,11 @@ from compactmlip.deploy.ase import CompactMLIPCalculator
 from compactmlip.deploy.compile import compile_model
 from compactmlip.deploy.cuda_graph import VALUE_DEPENDENT
 from compactmlip.deploy.lower import convolution, lower as lowering, polynomial
-from compactmlip.deploy.lower.convolution import Grid, PairTypes, SplineConvolution
+from compactmlip.deploy.lower.convolution import PairTypes, SplineConvolution
 from compactmlip.deploy.lower.dense import SpeciesDense
 from compactmlip.deploy.lower.lower import lower_on_grid
 from compactmlip.deploy.lower.polynomial import SpeciesProduct, with_polynomials
+from compactmlip.deploy.lower.splines import Grid
 from compactmlip.deploy.selfcheck import TABLES, TOLERANCES, random_structures
 from compactmlip.errors import InputError, KernelError, UnsupportedFeatureError
 from compactmlip.info import describe
@@ -76,13 +77,13 @@ class TestBesideCompiledOperators:
     @pytest.mark.parametrize("values", [2, 3])
     def test_mace(self, variant: str, values: int) -> None:
         model = mace(variant)
-        lowered = lower_on_grid(model, 61, values)
+        lowered = lower_on_grid(model, 60, values)
         assert_same(model, with_polynomials(lowered), lowered)
 
     @pytest.mark.parametrize("variant", NEQUIP)
     def test_nequip(self, variant: str, make_model: Any, make_spec: Any) -> None:
         model = make_model(make_spec(**NEQUIP[variant]), seed=2)
-        lowered = lower_on_grid(model, 61, 3)
+        lowered = lower_on_grid(model, 60, 3)
         assert_same(model, with_polynomials(lowered), lowered)
 
     @pytest.mark.parametrize("seed", [0, 1])
@@ -91,7 +92,7 @@ class TestBesideCompiledOperators:
         models = mace("residual"), make_model(make_spec(channels=(17, 9, 3)), seed=seed)
         for model in models:
             small = prune(model, contract.random_masks(model, np.random.default_rng(seed)))
-            lowered = lower_on_grid(small, 61, 3)
+            lowered = lower_on_grid(small, 60, 3)
             found = with_polynomials(lowered)
             assert_same(small, found, lowered)
         parts = [m for m in found.modules() if isinstance(m, polynomial.PolynomialConvolution)]
@@ -291,7 +292,7 @@ def test_whole_model_through_the_interface_of_the_cuda_code(
 ) -> None:
     """Every call that a GPU would get, with a stand-in for the CUDA code."""
     model: Any = keep_species(native, ["Mg", "O"])
-    lowered = with_polynomials(lower_on_grid(model, 21, 3))
+    lowered = with_polynomials(lower_on_grid(model, 20, 3))
     graph = build_graph(random_structures(model.spec)[2], model.spec)
     with without_kernels():
         expected = energy_and_derivatives(lowered, graph)

@@ -20,7 +20,7 @@ from compactmlip.deploy.ase import CompactMLIPCalculator
 from compactmlip.deploy.compile import compile_model
 from compactmlip.deploy.lower.convolution import MAX_TABLE_BYTES, padded, padded_rows
 from compactmlip.deploy.lower.lower import ENERGY_BOUND, FORCE_BOUND, MEANINGLESS, lower, lower_on_grid
-from compactmlip.deploy.lower.splines import SmoothLayerNorm, tabulate
+from compactmlip.deploy.lower.splines import Grid, SmoothLayerNorm, tabulate
 from compactmlip.deploy.selfcheck import random_structures
 from compactmlip.errors import LoweringError
 from compactmlip.models import cast, exact_copy
@@ -40,16 +40,16 @@ def model(request: pytest.FixtureRequest, make_model: Any, make_spec: Any) -> nn
     return made
 
 
-FINE = 1281
-"""Knots whose error is rounding, for the toy models' smooth networks."""
+FINE = 1280
+"""Intervals whose error is rounding, for the toy models' smooth networks."""
 
 
 def graphs(model: Any) -> list[Any]:
     return [build_graph(atoms, model.spec) for atoms in random_structures(model.spec)]
 
 
-def assert_same(model: nn.Module, *, knots: int = FINE, values: int = 3, tolerance: float = 1e-9) -> None:
-    lowered = lower_on_grid(model, knots, values)
+def assert_same(model: nn.Module, tolerance: float = 1e-9) -> None:
+    lowered = lower_on_grid(model, FINE)
     largest = 0.0
     for graph in graphs(model):
         found, expected = energy_and_derivatives(lowered, graph), energy_and_derivatives(model, graph)
@@ -74,9 +74,20 @@ def test_heterogeneous_channels(seed: int) -> None:
 
 
 def test_nequip(model_variant: nn.Module) -> None:
-    kinked = model_variant.spec.architecture["envelope"]["kind"] == "xplor"
-    # A jump in the second derivative needs cubic tables, and a knot at its place.
-    assert_same(model_variant, values=2 if kinked else 3, tolerance=1e-7 if kinked else 1e-9)
+    assert_same(model_variant)
+
+
+def test_a_kink_costs_few_knots(make_model: Any, make_spec: Any) -> None:
+    """Two second derivatives at the onset of XPLOR smoothing: about as many knots as without smoothing."""
+    knots = []
+    for envelope in ({"kind": "polynomial", "p": 6}, {"kind": "xplor", "onset": 3.1}):
+        spec = make_spec()
+        spec = spec.model_copy(update={"architecture": {**spec.architecture, "envelope": envelope}})
+        model = make_model(spec)
+        lowered = lower(model, graphs(model))
+        knots.append(lowered.tables.knots)
+        assert lowered.tables.force_error * 2 < FORCE_BOUND
+    assert knots[1] < 2 * knots[0]
 
 
 def test_bounds_are_kept_and_recorded(model: Any) -> None:
@@ -157,7 +168,7 @@ def test_too_many_pairs_fall_back_to_networks(tmp_path: Any, monkeypatch: pytest
     monkeypatch.setattr("compactmlip.deploy.lower.convolution.MAX_TABLE_BYTES", 1000)
     model = mace_models.make_model(mace_models.make_spec())
     with pytest.raises(LoweringError, match="--species"):
-        lower_on_grid(model, 61)
+        lower_on_grid(model, 60)
     report = compile_model(model, tmp_path / "model.pt", backend="kernels")
     assert report.tables is None and report.note.startswith("not lowered: tables of")
     assert MAX_TABLE_BYTES > 1000
@@ -167,12 +178,12 @@ def test_unknown_family_is_refused(model: Any) -> None:
     other = exact_copy(model)
     other.spec = model.spec.model_copy(update={"family": "other"})
     with pytest.raises(LoweringError, match="'other'"):
-        lower_on_grid(other, 61)
+        lower_on_grid(other, 60)
 
 
 def test_the_model_is_not_changed(model: Any) -> None:
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    lower_on_grid(model, 61)
+    lower_on_grid(model, 60)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
@@ -197,7 +208,7 @@ def test_table_converges(values: int) -> None:
     r = torch.linspace(0.3, 3.9, 501, dtype=torch.float64)
     errors = []
     for knots in (21, 41):
-        table = tabulate(function, 4.0, knots, values)[None]
+        table = tabulate(function, (0.0, 4.0), knots, values)[None]
         found = interpolate(table, torch.zeros(501, dtype=torch.long), r, 4.0)
         errors.append(float((found - function(r)).abs().max()))
     order = np.log2(errors[0] / errors[1])
@@ -216,17 +227,33 @@ def test_second_derivative_of_layer_norm() -> None:
     r = torch.linspace(0.1, 4, 11, dtype=torch.float64)
     torch.testing.assert_close(function(r), norm(inputs(r[:, None]) ** 2))
     spacing, h = 0.4, 1e-5
-    slopes = [tabulate(lambda r, s=s: function(r + s), 4.0, 11, 2)[1:, 1] for s in (h, -h)]
-    found = tabulate(function, 4.0, 11, 3)[1:, 2]
+    slopes = [tabulate(lambda r, s=s: function(r + s), (0.0, 4.0), 11, 2)[1:, 1] for s in (h, -h)]
+    found = tabulate(function, (0.0, 4.0), 11, 3)[1:, 2]
     assert float(found.abs().max()) > 0.1
     assert float((found - (slopes[0] - slopes[1]) / (2 * h) * spacing).abs().max()) < 1e-6
 
 
 def test_table_reaches_zero_distance() -> None:
     """sin(kr)/r cannot be evaluated at zero, where its limit is k."""
-    table = tabulate(lambda r: (torch.sin(2 * r) / r)[:, None], 4.0, 41, 3)
+    table = tabulate(lambda r: (torch.sin(2 * r) / r)[:, None], (0.0, 4.0), 41, 3)
     assert torch.isfinite(table).all()
     assert abs(float(table[0, 0, 0]) - 2) < 1e-6
+
+
+def test_tables_on_both_sides_of_a_kink() -> None:
+    """Each side has its own second derivative where they meet, and its own limit at the cutoff."""
+    grid = Grid.with_intervals(4.0, 20, 3, kink=3.0)
+    assert (grid.knots, grid.knots_before_kink) == (15 + 1 + 10 + 1, 16)
+
+    def function(r: torch.Tensor) -> torch.Tensor:
+        bent = torch.where(r < 3, torch.zeros_like(r), (r - 3) ** 2)
+        return torch.where(r < 4, bent, torch.full_like(r, 7.0))[:, None]
+
+    table = grid.tabulate(function)
+    assert torch.allclose(table[:16], torch.zeros(16, 3, 1, dtype=torch.float64), atol=1e-12)
+    spacing = 1.0 / 10
+    assert torch.allclose(table[16:, 2], torch.full((11, 1), 2 * spacing**2, dtype=torch.float64), atol=1e-12)
+    assert abs(float(table[-1, 0, 0]) - 1) < 1e-12
 
 
 def test_padding() -> None:
@@ -241,7 +268,7 @@ def test_padding() -> None:
 
 
 def test_lone_atom_and_no_neighbours(model: Any) -> None:
-    lowered = lower_on_grid(model, 121)
+    lowered = lower_on_grid(model, 120)
     for atoms in (Atoms(model.spec.species[0]), bulk(model.spec.species[0], "sc", a=40.0)):
         graph = build_graph(atoms, model.spec)
         found, expected = energy_and_derivatives(lowered, graph), energy_and_derivatives(model, graph)

@@ -49,12 +49,13 @@ class Case:
     table: Tensor
     pairs: Tensor
     solid: bool = False
+    kink: tuple[float, int] = (0.0, 0)
 
     def run(self, vectors: Tensor, features: list[Tensor], *, reference: bool = False) -> list[Tensor]:
         graph = (self.species, self.centers, self.neighbors, self.table, self.pairs)
         if reference:
             return spline_convolve_reference(
-                vectors, features, *graph, self.shape, self.channels, CUTOFF, solid=self.solid
+                vectors, features, *graph, self.shape, self.channels, CUTOFF, *self.kink, solid=self.solid
             )
         coefficients = torch.tensor(self.shape.coefficients).to(vectors.dtype)
         paths = [l for path in self.shape.paths for l in path]
@@ -67,6 +68,7 @@ class Case:
             paths,
             self.channels,
             CUTOFF,
+            *self.kink,
         )
         return found
 
@@ -97,6 +99,7 @@ def make_case(
     num_species: int = 2,
     solid: bool = False,
     unit_channels: list[int] | None = None,
+    kink: tuple[float, int] = (0.0, 0),
     seed: int = 0,
 ) -> Case:
     generator = torch.Generator().manual_seed(seed)
@@ -124,6 +127,7 @@ def make_case(
         normal(num_species**2, 9, values, sum(channels)),
         torch.arange(num_species**2).reshape(num_species, num_species),
         solid,
+        kink,
     )
 
 
@@ -145,6 +149,7 @@ CASES = {
     "solid harmonics": dict(paths=paths_up_to(1, 2, 2), widths=[8, 24], lmax=3, solid=True),
     "species as features": dict(paths=paths_up_to(0, 3, 3), widths=[], lmax=3, unit_channels=[40, 16, 8, 24]),
     "high orders without features": dict(paths=[(0, 5, 5)], widths=[], lmax=5, unit_channels=[8]),
+    "kink": dict(paths=paths_up_to(2, 3, 3, odd=False), widths=[16, 8, 8], lmax=3, kink=(2.3, 4)),
     "no harmonics": dict(paths=[(0, 0, 0)], widths=[8], lmax=0),
 }
 
@@ -275,6 +280,10 @@ def test_second_derivatives_are_refused() -> None:
         (dict(species=torch.full((12,), 2)), "has species 2"),
         (dict(pairs=torch.full((2, 2), 4)), "not in the table"),
         (dict(neighbors=torch.full((150,), 12)), "number of nodes"),
+        (dict(kink=(CUTOFF, 4)), "a kink must be below the cutoff"),
+        (dict(kink=(2.0, 8)), "at least two of 9 knots"),
+        (dict(kink=(0.0, 3)), "a kink must be"),
+        (dict(kink=(2.0, -1)), "a kink must be"),
         (dict(features=[torch.zeros(12, 1, 16, dtype=torch.float64)]), "features of order 0"),
         (dict(features=[torch.zeros(12, 3, 8, dtype=torch.float64)]), "features of order 0"),
     ],
@@ -304,6 +313,50 @@ def test_interpolation_is_exact_for_polynomials(values: int) -> None:
     np.testing.assert_allclose(slope, polynomial.deriv()(at.detach().numpy()), rtol=1e-10)
 
 
+def test_interpolation_with_a_kink_is_exact_on_both_sides() -> None:
+    """Two polynomials that meet with value and slope, and differ in their second derivatives."""
+    kink, step = 1.7, np.polynomial.Polynomial([-1.7, 1.0])
+    left = np.polynomial.Polynomial(np.random.default_rng(0).normal(size=6))
+    right = left + 3 * step**2 - step**4
+    rows = []
+    for polynomial, start, end, knots in ((left, 0.0, kink, 4), (right, kink, CUTOFF, 3)):
+        spacing = (end - start) / (knots - 1)
+        r = start + np.arange(knots) * spacing
+        values = [polynomial.deriv(k)(r) * spacing**k if k else polynomial(r) for k in range(3)]
+        rows.append(np.stack(values, axis=1))
+    table = torch.tensor(np.concatenate(rows))[None, :, :, None]
+    at = torch.cat([torch.linspace(0.01, CUTOFF - 0.01, 38), torch.tensor([kink])]).double().requires_grad_()
+    found = interpolate(table, torch.zeros(39, dtype=torch.long), at, CUTOFF, kink, 4)[:, 0]
+    (slope,) = torch.autograd.grad(found.sum(), at)
+    r = at.detach().numpy()
+    np.testing.assert_allclose(found.detach(), np.where(r < kink, left(r), right(r)), rtol=1e-10)
+    np.testing.assert_allclose(
+        slope, np.where(r < kink, left.deriv()(r), right.deriv()(r)), rtol=1e-9, atol=1e-9
+    )
+
+
+def test_files_of_earlier_releases_do_not_name_a_kink() -> None:
+    case = make_case(paths_up_to(1, 2, 2), [8, 8], 2)
+    arguments = [
+        case.vectors,
+        case.features,
+        case.species,
+        case.centers,
+        case.neighbors,
+        case.table,
+        case.pairs,
+    ]
+    found = torch.ops.compactmlip.spline_convolve(
+        *arguments,
+        torch.tensor(case.shape.structure),
+        torch.tensor(case.shape.coefficients),
+        [l for path in case.shape.paths for l in path],
+        case.channels,
+        CUTOFF,
+    )
+    assert all(torch.equal(a, b) for a, b in zip(found, case.run(case.vectors, case.features), strict=True))
+
+
 def test_weights_sum_to_one() -> None:
     u = torch.linspace(0, 1, 9, dtype=torch.float64)
     for values in (2, 3):
@@ -315,6 +368,12 @@ def test_operations_by_hand() -> None:
     """One path with 3 rows and 1 component, 8 channels, cubic: 4 knot values."""
     shape = spline_structure([(0, 1, 1)], 1, values_per_knot=2)
     assert operations(shape, [8], unit=True) == (8 * (8 + 6), 8 * (16 + 12 + 2))
+
+
+def test_operations_without_direction_by_hand() -> None:
+    """The same with l2 = 0: three components that do not mix."""
+    shape = spline_structure([(1, 0, 1)], 1, values_per_knot=2)
+    assert operations(shape, [8], unit=False) == (8 * (8 + 9), 8 * (16 + 15 + 2))
 
 
 def test_meta() -> None:

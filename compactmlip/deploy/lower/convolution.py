@@ -8,32 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from compactmlip.deploy.lower.splines import RadialFunction, tabulate
+from compactmlip.deploy.lower.splines import Grid, RadialFunction
 from compactmlip.errors import LoweringError
 from compactmlip.kernels.spline_convolution import CHANNEL_MULTIPLE, Path, spline_structure
 from compactmlip.models.convolution import message_rows
 
 MAX_TABLE_BYTES = 512 * 2**20
 """Largest size of one layer's tables in float32; those of many pairs of species would not fit the memory."""
-
-
-@dataclass(frozen=True)
-class Grid:
-    """Where radial functions are tabulated.
-
-    Attributes
-    ----------
-    cutoff
-        Angstrom.
-    knots
-        Points from 0 to the cutoff.
-    values_per_knot
-        2 for cubic, 3 for quintic interpolation.
-    """
-
-    cutoff: float
-    knots: int
-    values_per_knot: int
 
 
 @dataclass(frozen=True)
@@ -133,7 +114,8 @@ class SplineConvolution(nn.Module):
         self.sizes, self.channels = tuple(sizes), [padded(size) for size in sizes]
         self.paths = [l for path in paths for l in path]
         self.orders = frozenset(path[2] for path in paths)
-        self.cutoff, self.unit = grid.cutoff, unit
+        self.unit, self.cutoff = unit, grid.cutoff
+        self.kink, self.knots_before_kink = grid.kink, grid.knots_before_kink
         num_bytes = 4 * len(functions) * grid.knots * grid.values_per_knot * sum(self.channels)
         if num_bytes > MAX_TABLE_BYTES:
             raise LoweringError(
@@ -146,8 +128,8 @@ class SplineConvolution(nn.Module):
         self.register_buffer("coefficients", torch.tensor(shape.coefficients))
 
     def _tabulated(self, function: RadialFunction, grid: Grid) -> Tensor:
-        table = tabulate(function, grid.cutoff, grid.knots, grid.values_per_knot)
-        return torch.cat([pad_columns(part) for part in table.split(list(self.sizes), dim=-1)], dim=-1)
+        parts = grid.tabulate(function).split(list(self.sizes), dim=-1)
+        return torch.cat([pad_columns(part) for part in parts], dim=-1)
 
     def forward(self, graph: Graph, features: Sequence[Tensor | None]) -> list[Tensor | None]:
         """Return messages by l3, (n_nodes, 2 l3 + 1, padded channels of all its paths side by side).
@@ -169,6 +151,8 @@ class SplineConvolution(nn.Module):
             self.paths,
             self.channels,
             self.cutoff,
+            self.kink,
+            self.knots_before_kink,
         )
         return [m if l in self.orders else None for l, m in enumerate(found)]
 

@@ -7,6 +7,7 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,8 +16,7 @@ from torch import Tensor, nn
 
 from compactmlip.data.graph import GraphBatch, energy_and_derivatives
 from compactmlip.deploy.archive import Tables
-from compactmlip.deploy.lower.convolution import Grid
-from compactmlip.deploy.lower.splines import SmoothLayerNorm
+from compactmlip.deploy.lower.splines import Grid, SmoothLayerNorm
 from compactmlip.errors import LoweringError
 from compactmlip.models import exact_copy, model_spec
 from compactmlip.spec import ModelSpec
@@ -45,8 +45,11 @@ MEANINGLESS = 100.0
 """eV/Angstrom: a structure (or a pair of atoms) with a larger force is not counted.  Random structures of
 some elements have forces of 1e8, which say nothing about what is simulated."""
 
-INTERVALS = (60, 80, 120, 160, 240, 320, 480, 640, 960, 1280, 1920)
-"""Numbers of intervals that are tried; many divisors let kinks of cutoff functions fall on knots."""
+FEWEST_INTERVALS, MOST_INTERVALS = 60, 2000
+"""From zero to the cutoff."""
+
+ORDER = 5
+"""Errors of forces fall with this power of the number of intervals."""
 
 
 @dataclass(frozen=True)
@@ -57,8 +60,11 @@ class Lowered:
     tables: Tables
 
 
-def lower_on_grid(model: nn.Module, knots: int, values_per_knot: int = 3) -> nn.Module:
+def lower_on_grid(model: nn.Module, intervals: int, values_per_knot: int = 3) -> nn.Module:
     """Lower a native model with given tables, in float64; the model is not changed.
+
+    ``intervals`` are those from zero to the cutoff, ``values_per_knot`` is 2 for cubic and 3 for quintic
+    interpolation.
 
     Raises
     ------
@@ -75,8 +81,13 @@ def lower_on_grid(model: nn.Module, knots: int, values_per_knot: int = 3) -> nn.
         for child_name, child in parent.named_children():
             if isinstance(child, nn.LayerNorm):
                 setattr(parent, child_name, SmoothLayerNorm(child))
-    made = build(original, Grid(spec.cutoff, knots, values_per_knot))
+    made = build(original, grid_of(model, intervals, values_per_knot))
     return made.eval().requires_grad_(False)
+
+
+def grid_of(model: Any, intervals: int, values_per_knot: int = 3) -> Grid:
+    """Where the radial functions of a model are tabulated."""
+    return Grid.with_intervals(model_spec(model).cutoff, intervals, values_per_knot, model.arch.envelope.kink)
 
 
 def lower(
@@ -87,10 +98,7 @@ def lower(
     force_bound: float = FORCE_BOUND,
     runnable: Callable[[nn.Module], nn.Module] | None = None,
 ) -> Lowered:
-    """Lower a native model with the smallest tables that keep the bounds.
-
-    Quintic tables, whose second derivatives are continuous, are tried before cubic ones; those serve cutoff
-    functions with a kink in the second derivative.
+    """Lower a native model with quintic tables, about the smallest that keep the bounds.
 
     Parameters
     ----------
@@ -111,44 +119,64 @@ def lower(
         If the family has no lowered form, or no tables keep the bounds.
     """
     original = exact_copy(model)
-    graphs = [*graphs, dimers(model_spec(model))]
-    expected = [energy_and_derivatives(original, graph) for graph in graphs]
+    references = [_Reference(original, graph) for graph in graphs]
     # Pairs of atoms are structures of their own.
-    counted = [(r.forces.abs() <= MEANINGLESS).all(dim=1) for r in expected]
-    counted = [mask & mask.all() for mask in counted[:-1]] + counted[-1:]
-    shift_of: Tensor = original.energy_shift  # type: ignore[assignment]
-    shifts = [shift_of.index_select(0, graph.species) for graph in graphs]
+    references.append(_Reference(original, dimers(model_spec(model)), each_atom=True))
     kept: Lowered | None = None
-    for intervals, values in itertools.product(INTERVALS, (3, 2)):
-        module = lower_on_grid(original, intervals + 1, values)
+    intervals = FEWEST_INTERVALS
+    while True:
+        module = lower_on_grid(original, intervals)
         measured = module if runnable is None else runnable(module)
-        energy = force = 0.0
-        for graph, reference, shift, mask in zip(graphs, expected, shifts, counted, strict=True):
-            if not mask.any():
-                continue
-            found = energy_and_derivatives(measured, graph)
-            energies, forces = found.node_energies[mask], found.forces[mask]
-            energy = max(energy, _error(energies, reference.node_energies[mask], shift[mask]))
-            force = max(force, _error(forces, reference.forces[mask]))
+        found = [reference.errors(measured) for reference in references]
+        energy, force = (max(errors) for errors in zip(*found, strict=True))
         excess = max(energy / energy_bound, force / force_bound) if energy_bound and force_bound else math.inf
         if excess <= 1 and (kept is None or excess * MARGIN <= 1):
             tables = Tables(
-                knots=intervals + 1,
-                values_per_knot=values,
+                knots=grid_of(original, intervals).knots,
+                values_per_knot=3,
                 energy_error=energy,
                 force_error=force,
                 energy_bound=energy_bound,
                 force_bound=force_bound,
             )
             kept = Lowered(module, tables)
-        if excess * MARGIN <= 1 and kept is not None:
+        if kept is not None and excess * MARGIN <= 1:
             return kept
+        if intervals >= MOST_INTERVALS:
+            break
+        intervals = min(_more(intervals, excess * MARGIN), MOST_INTERVALS)
     if kept is not None:
         return kept
     raise LoweringError(
-        f"tables with {intervals + 1} knots still cause errors of {energy:.1e} eV/atom and {force:.1e} "
+        f"tables with {intervals} intervals still cause errors of {energy:.1e} eV/atom and {force:.1e} "
         f"eV/Angstrom, above the bounds {energy_bound:.0e} and {force_bound:.0e}"
     )
+
+
+def _more(intervals: int, excess: float) -> int:
+    """Number of intervals to try next; a little more than the error asks for, and 1.2 to 3 times as many."""
+    factor = 1.05 * excess ** (1 / ORDER) if math.isfinite(excess) else 3.0
+    return math.ceil(intervals * min(max(factor, 1.2), 3.0) / 10) * 10
+
+
+class _Reference:
+    """What the model without tables says about a structure."""
+
+    def __init__(self, model: nn.Module, graph: GraphBatch, *, each_atom: bool = False) -> None:
+        self.graph, self.expected = graph, energy_and_derivatives(model, graph)
+        counted = (self.expected.forces.abs() <= MEANINGLESS).all(dim=1)
+        self.counted = counted if each_atom else counted & counted.all()
+        shift: Tensor = model.energy_shift  # type: ignore[assignment]
+        self.shift = shift.index_select(0, graph.species)
+
+    def errors(self, module: nn.Module) -> tuple[float, float]:
+        """Largest error of an atom's energy (eV) and of a force component (eV/Angstrom)."""
+        mask = self.counted
+        if not mask.any():
+            return 0.0, 0.0
+        found, expected = energy_and_derivatives(module, self.graph), self.expected
+        energy = _error(found.node_energies[mask], expected.node_energies[mask], self.shift[mask])
+        return energy, _error(found.forces[mask], expected.forces[mask])
 
 
 SHORTEST = 0.5

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from compactmlip.deploy.lower.contraction import FoldedContraction
 from compactmlip.deploy.lower.convolution import (
     Graph,
-    Grid,
     PairTypes,
     SplineConvolution,
     first_scalar,
@@ -25,7 +24,7 @@ from compactmlip.deploy.lower.convolution import (
     sum_of_neighbors,
 )
 from compactmlip.deploy.lower.dense import Dense, PerOrder, SpeciesDense, SpeciesRows, constant, weights_of
-from compactmlip.deploy.lower.splines import RadialFunction
+from compactmlip.deploy.lower.splines import Grid, RadialFunction
 from compactmlip.kernels.gate import gate
 from compactmlip.models.contraction import SymmetricContraction
 from compactmlip.models.linear import add_features, normalised_silu

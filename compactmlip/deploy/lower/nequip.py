@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from compactmlip.deploy.lower.convolution import (
     Graph,
-    Grid,
     PairTypes,
     SplineConvolution,
     folded,
@@ -20,7 +19,7 @@ from compactmlip.deploy.lower.convolution import (
     padded_rows,
 )
 from compactmlip.deploy.lower.dense import Dense, PerOrder, SpeciesDense, SpeciesRows, weights_of
-from compactmlip.deploy.lower.splines import RadialFunction
+from compactmlip.deploy.lower.splines import Grid, RadialFunction
 from compactmlip.kernels.gate import gate
 from compactmlip.models.linear import add_features
 from compactmlip.models.nequip import NequIP, NequIPBlock

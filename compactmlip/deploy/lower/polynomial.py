@@ -22,7 +22,7 @@ from compactmlip.deploy.lower.dense import SpeciesDense
 from compactmlip.kernels.contraction_program import ContractionProgram, Input
 from compactmlip.kernels.polynomial import Operand, Polynomial, Products
 from compactmlip.kernels.polynomial_operator import check
-from compactmlip.kernels.spline_convolution import Path, hermite_weights
+from compactmlip.kernels.spline_convolution import Path, knots_around
 from compactmlip.models.angular import SphericalHarmonics, wigner_3j
 from compactmlip.models.contraction import SymmetricContraction
 from compactmlip.models.linear import MANY_SPECIES, operands
@@ -98,6 +98,7 @@ class PolynomialConvolution(nn.Module):
         flat = source.paths
         self.paths: list[Path] = list(zip(flat[0::3], flat[1::3], flat[2::3], strict=True))
         self.orders, self.cutoff, self.unit = source.orders, source.cutoff, source.unit
+        self.kink, self.knots_before_kink = source.kink, source.knots_before_kink
         self.knots, self.values = source.table.shape[1], source.table.shape[2]
         self.harmonics = SphericalHarmonics(lmax, solid=solid)
         self.register_buffer("pairs", source.pairs.clone())
@@ -117,11 +118,10 @@ class PolynomialConvolution(nn.Module):
         """Messages by l3, as :meth:`SplineConvolution.forward`."""
         vectors = graph.vectors.to(torch.float64)
         lengths = torch.linalg.vector_norm(vectors, dim=-1)
-        position = lengths * ((self.knots - 1) / self.cutoff)
-        knot = position.detach().clamp(0, self.knots - 2).floor()
-        weights = hermite_weights(position - knot, self.values)
+        left, weights = knots_around(
+            lengths, self.knots, self.values, self.cutoff, self.kink, self.knots_before_kink
+        )
         weights = torch.where((lengths < self.cutoff).unsqueeze(-1), weights, torch.zeros_like(weights))
-        left = knot.to(torch.long)
         if self.many_types:
             ends = (graph.species.index_select(0, k) for k in (graph.centers, graph.neighbors))
             left = left + self.knots * self.pairs[tuple(ends)]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -15,18 +17,74 @@ FIRST_DISTANCE = 1e-2
 here: no two atoms come closer than this."""
 
 
-def tabulate(function: RadialFunction, cutoff: float, knots: int, values_per_knot: int) -> Tensor:
-    """Table of a radial function on [0, cutoff], float64.
+EDGE = 1e-8
+"""Angstrom; ends of a piece are continued from this far inside, where the function is that of the piece."""
+
+BEHIND_THE_KINK = 2.0
+"""Knots behind the kink are this much denser: the functions fall to zero there."""
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Where radial functions are tabulated.
+
+    Knots lie evenly from 0 to the kink, and, beginning with a second knot there, from the kink to the cutoff;
+    without a kink from 0 to the cutoff.
+
+    Attributes
+    ----------
+    cutoff
+        Angstrom.
+    knots
+        All of them.
+    values_per_knot
+        2 for cubic, 3 for quintic interpolation.
+    kink
+        Distance (Angstrom) at which the second derivative of the functions jumps; 0 if there is none.
+    knots_before_kink
+        Number of knots up to it.
+    """
+
+    cutoff: float
+    knots: int
+    values_per_knot: int
+    kink: float = 0.0
+    knots_before_kink: int = 0
+
+    @staticmethod
+    def with_intervals(
+        cutoff: float, intervals: int, values_per_knot: int = 3, kink: float | None = None
+    ) -> Grid:
+        """Grid of about so many intervals."""
+        if kink is None or not 0 < kink < cutoff:
+            return Grid(cutoff, intervals + 1, values_per_knot)
+        before = max(1, round(intervals * kink / cutoff))
+        behind = max(1, math.ceil(BEHIND_THE_KINK * intervals * (cutoff - kink) / cutoff))
+        return Grid(cutoff, before + behind + 2, values_per_knot, kink, before + 1)
+
+    def tabulate(self, function: RadialFunction) -> Tensor:
+        """Table (knots, values_per_knot, columns) of a radial function, as :func:`tabulate`."""
+        count, values = self.knots_before_kink, self.values_per_knot
+        pieces = [tabulate(function, (self.kink, self.cutoff), self.knots - count, values)]
+        if count:
+            pieces.insert(0, tabulate(function, (0.0, self.kink), count, values))
+        return torch.cat(pieces)
+
+
+def tabulate(function: RadialFunction, ends: tuple[float, float], knots: int, values_per_knot: int) -> Tensor:
+    """Table of a radial function between two distances (Angstrom) with even knots, float64.
 
     Returns
     -------
     Tensor
         (knots, values_per_knot, columns): value and first derivative, and the second if
-        ``values_per_knot`` is 3.  Derivatives are per interval.
+        ``values_per_knot`` is 3.  Derivatives are per interval, and one-sided at the ends.
     """
-    spacing = cutoff / (knots - 1)
-    r = torch.arange(knots, dtype=torch.float64) * spacing
-    inside = r.clamp(min=min(FIRST_DISTANCE, 0.5 * spacing))
+    start, end = ends
+    spacing = (end - start) / (knots - 1)
+    r = start + torch.arange(knots, dtype=torch.float64) * spacing
+    edge = min(FIRST_DISTANCE, 0.5 * spacing) if start == 0 else EDGE
+    inside = r.clamp(min=start + edge, max=end - EDGE)
     value, first, second = _derivatives(function, inside)
     shift = (r - inside).unsqueeze(-1)
     value = value + shift * (first + 0.5 * shift * second)
