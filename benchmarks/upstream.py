@@ -71,24 +71,26 @@ def mace_batch(model: Any, atoms: Atoms) -> dict[str, Any]:
     return dict(next(iter(loader)).to_dict())
 
 
-def mace_run(model: str, atoms: Atoms, dtype: torch.dtype) -> Callable[[], Callable[[], Tensor]]:
+def mace_run(model: str, atoms: Atoms, dtype: torch.dtype, device: str) -> Callable[[], Callable[[], Tensor]]:
     """What prepares a calculation of energy and forces with a saved model."""
     torch.set_default_dtype(dtype)
-    loaded = torch.load(model, weights_only=False).to(dtype).eval()
+    loaded = torch.load(model, weights_only=False).to(device, dtype).eval()
     for parameter in loaded.parameters():
         parameter.requires_grad_(False)  # as in mace-torch's calculator
-    batch = mace_batch(loaded, atoms)
+    batch = {key: value.to(device) for key, value in mace_batch(loaded, atoms).items()}
     return lambda: lambda: loaded(batch, compute_stress=False)["forces"].detach()
 
 
-def sevenn_run(model: str, atoms: Atoms, dtype: torch.dtype) -> Callable[[], Callable[[], Tensor]]:
+def sevenn_run(
+    model: str, atoms: Atoms, dtype: torch.dtype, device: str
+) -> Callable[[], Callable[[], Tensor]]:
     """The same with a named SevenNet model."""
     from sevenn import _keys as keys
     from sevenn.atom_graph_data import AtomGraphData
     from sevenn.calculator import SevenNetCalculator
     from sevenn.train.dataload import unlabeled_atoms_to_graph
 
-    calculator = SevenNetCalculator(model, device="cpu")
+    calculator = SevenNetCalculator(model, device=device)
     loaded = calculator.model.to(dtype)
     if dtype == torch.float64:
         _make_double(loaded)
@@ -98,6 +100,8 @@ def sevenn_run(model: str, atoms: Atoms, dtype: torch.dtype) -> Callable[[], Cal
         # From the arrays, because the graph holds them in float32.
         if isinstance(value, np.ndarray) and value.dtype.kind == "f":
             graph[name] = torch.as_tensor(value, dtype=dtype)
+
+    graph = graph.to(device)
 
     def prepare() -> Callable[[], Tensor]:
         fresh = graph.clone()  # the model writes its results into it
@@ -132,20 +136,36 @@ class Calculation:
     """Energies and forces of one structure by one model."""
 
     def setup(
-        self, package: str, model: str, structure: str, dtype: str, threads: int, memory: float
+        self,
+        package: str,
+        model: str,
+        structure: str,
+        dtype: str,
+        threads: int,
+        memory: float,
+        device: str = "cpu",
     ) -> dict[str, Any]:
         limit_memory(memory)
         torch.set_num_threads(threads)
-        self.prepare = RUNS[package](model, read_structure(structure), DTYPES[dtype])
+        self.prepare = RUNS[package](model, read_structure(structure), DTYPES[dtype], device)
+        self.on_gpu = torch.device(device).type == "cuda"
         self.forces = torch.empty(0)
         return {"memory_before": peak_memory()}
 
     def run(self) -> dict[str, Any]:
-        self.forces, times = timed(self.prepare())
+        calculate = self.prepare()
+
+        def finished() -> Tensor:
+            forces = calculate()
+            if self.on_gpu:
+                torch.cuda.synchronize()
+            return forces
+
+        self.forces, times = timed(finished)
         return dict(times)
 
     def finish(self, forces: str) -> dict[str, Any]:
-        np.save(forces, self.forces.double().numpy())
+        np.save(forces, self.forces.double().cpu().numpy())
         return {"memory": peak_memory()}
 
 

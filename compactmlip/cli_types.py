@@ -45,7 +45,8 @@ Backend = Annotated[
     str | None,
     typer.Option(
         help="kernels (fastest; CPU, needs a C++ compiler; the default where they can be used), torch (runs "
-        "anywhere) or aoti (machine code, *.pt2, for this torch and processors like this one)."
+        "anywhere), cueq (NVIDIA GPUs with cuequivariance; not yet tested on one; slow on the CPU) or aoti "
+        "(machine code, *.pt2, for this torch and processors like this one)."
     ),
 ]
 Precision = Annotated[

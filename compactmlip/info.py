@@ -61,8 +61,8 @@ def describe(path: str | Path) -> dict[str, Any]:
 def _kind(deployment: Deployment) -> str:
     if deployment.backend == "aoti":
         return f"deployed machine code for torch {deployment.torch_version} and processors like its maker's"
-    needs = ", needs compiled kernels" if deployment.backend == "kernels" else ""
-    return f"deployed TorchScript file{needs}"
+    needs = {"kernels": ", needs compiled kernels", "cueq": ", needs cuequivariance on NVIDIA GPUs"}
+    return f"deployed TorchScript file{needs.get(deployment.backend, '')}"
 
 
 def _precision(spec: ModelSpec, deployment: Deployment) -> dict[str, Any]:

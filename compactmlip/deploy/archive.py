@@ -30,14 +30,16 @@ ENTRY = "compactmlip.json"
 """Name of the JSON text inside the archive."""
 
 DEPLOYED_VERSION = 4
-"""Version of the layout.  1 had torch files only; 2 added kernels; 3 precision, accuracy and aoti;
-4 operators that let a structure be split among processes."""
+"""Version of the layout.  1 had torch files only; 2 added kernels; 3 precision, accuracy and aoti; 4 cueq, and
+operators that let a structure be split among processes."""
 
-Backend = Literal["torch", "kernels", "aoti"]
+Backend = Literal["torch", "kernels", "cueq", "aoti"]
 """What a file is and needs: TorchScript that needs torch only; TorchScript that calls the operators of
-:mod:`compactmlip.kernels`; machine code for one processor and one version of torch."""
+:mod:`compactmlip.kernels`, compiled for the CPU; TorchScript that calls the operator of
+:mod:`compactmlip.kernels.polynomial_operator`, on NVIDIA GPUs with cuequivariance; machine code for one
+processor and one version of torch."""
 
-SUFFIXES: dict[Backend, str] = {"torch": ".pt", "kernels": ".pt", "aoti": ".pt2"}
+SUFFIXES: dict[Backend, str] = {"torch": ".pt", "kernels": ".pt", "cueq": ".pt", "aoti": ".pt2"}
 
 Precision = Literal["float32", "float64", "mixed", "bf16"]
 """How a file computes; :mod:`compactmlip.deploy.precision` says what the last two mean."""
@@ -187,7 +189,7 @@ def load_deployed(
     CheckpointError
         As :func:`inspect`, and if this torch cannot read the module.
     KernelError
-        If the file needs compiled operators and they cannot be built here.
+        If the file needs compiled operators or cuequivariance and they cannot be used here.
     InputError
         If the device does not exist, or the file cannot run on it.
     """
@@ -201,6 +203,8 @@ def load_deployed(
     check_content(path)
     if deployment.backend == "kernels":
         _load_kernels(path, usable_device(device))
+    elif deployment.backend == "cueq":
+        _load_polynomials(path, usable_device(device))
     return load_module(path, device, f"written with torch {deployment.torch_version}"), spec
 
 
@@ -276,7 +280,7 @@ def _load_kernels(path: Path, device: torch.device) -> None:
     if device.type != "cpu":
         raise InputError(
             f"{path}: compiled with --backend kernels, which run on the CPU only, not on '{device}'. "
-            "Compile the model again with --backend torch."
+            "Compile the model again with --backend cueq (needs cuequivariance) or --backend torch."
         )
     try:
         require()
@@ -284,6 +288,21 @@ def _load_kernels(path: Path, device: torch.device) -> None:
         raise KernelError(
             f"{path}: compiled with --backend kernels, which cannot be used here: {error}. "
             "Install a C++ compiler, or compile the model again with --backend torch."
+        ) from error
+
+
+def _load_polynomials(path: Path, device: torch.device) -> None:
+    """Register the operator that the file calls; the CPU needs no more than that."""
+    from compactmlip.kernels.polynomial_operator import require
+
+    if device.type == "cpu":
+        return
+    try:
+        require(device)
+    except KernelError as error:
+        raise KernelError(
+            f"{path}: compiled with --backend cueq, which cannot be used here: {error}, or compile the model "
+            "again with --backend torch."
         ) from error
 
 

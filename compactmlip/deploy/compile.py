@@ -37,7 +37,14 @@ from compactmlip.deploy.matmul import matmul_precision
 from compactmlip.deploy.package import this_machine
 from compactmlip.deploy.precision import in_precision, input_dtype
 from compactmlip.deploy.selfcheck import TABLES, TOLERANCES, UNCHECKED, SelfChecker
-from compactmlip.errors import CheckpointError, InputError, KernelError, LoweringError, did_you_mean
+from compactmlip.errors import (
+    CheckpointError,
+    InputError,
+    KernelError,
+    LoweringError,
+    UnsupportedFeatureError,
+    did_you_mean,
+)
 from compactmlip.kernels.build import VARIABLE, load as load_kernels, mode, without_kernels
 from compactmlip.models import cast, exact_copy, model_spec
 from compactmlip.models.linear import ConstantWeight, ScaledWeight
@@ -106,8 +113,9 @@ def compile_model(
     backend
         "torch" for a file that needs torch only; "kernels" for a lowered model (see
         :mod:`compactmlip.deploy.lower`) that calls the compiled operators, which is an order of magnitude
-        faster and runs on the CPU, where there is a C++ compiler; "aoti" for
-        machine code that runs with this version of torch on processors like this one.
+        faster and runs on the CPU, where there is a C++ compiler; "cueq" for a lowered model that computes
+        with cuequivariance on NVIDIA GPUs (not yet run on one) and without it, slowly, on the CPU; "aoti"
+        for machine code that runs with this version of torch on processors like this one.
     check_structures
         Structures to check on; made from the model's species if None.
     calibration
@@ -121,9 +129,11 @@ def compile_model(
     SelfCheckError
         If the compiled model does not reproduce the model.  Nothing is written.
     KernelError
-        If the compiled operators are wanted and cannot be used here, or machine code cannot be made.
+        If the compiled operators or cuequivariance are wanted and cannot be used here, or machine code
+        cannot be made.
     UnsupportedFeatureError
-        If the model cannot be exported to machine code, or has nothing that the precision applies to.
+        If the model cannot be exported to machine code or has no lowered form for cuequivariance, or has
+        nothing that the precision applies to.
     CheckpointError
         If the checkpoint cannot be read or the output cannot be written.
     InputError, SpeciesError
@@ -179,7 +189,10 @@ def compile_model(
 
 
 def default_backend(device: str = "cpu") -> Backend:
-    """Return "kernels" where compiled operators can be used, else "torch"."""
+    """Return "kernels" where compiled operators can be used, else "torch".
+
+    "cueq" is never the default: nobody has run it on a GPU yet.
+    """
     return "kernels" if torch.device(device).type == "cpu" and load_kernels() else "torch"
 
 
@@ -197,6 +210,8 @@ def prepared(original: nn.Module, backend: Backend, precision: Precision, checke
 
     ``original`` is a native model in float64 and is not changed.
     """
+    if backend == "cueq":
+        return _with_polynomials(original, precision, checker)
     if backend != "kernels":
         return Prepared(in_precision(with_constants(original), precision))
     try:
@@ -204,6 +219,22 @@ def prepared(original: nn.Module, backend: Backend, precision: Precision, checke
     except LoweringError as error:
         return Prepared(in_precision(with_constants(original), precision), note=f"not lowered: {error}")
     return Prepared(in_precision(with_constants(lowered.module), precision), lowered.tables)
+
+
+def _with_polynomials(original: nn.Module, precision: Precision, checker: SelfChecker) -> Prepared:
+    from compactmlip.deploy.lower.polynomial import check_polynomials, with_polynomials
+
+    # Tables are chosen with the compiled operators where there are some, because those are faster.
+    runnable = None if load_kernels() else with_polynomials
+    try:
+        lowered = lower(original, checker.graphs + checker.calibration, runnable=runnable)
+    except LoweringError as error:
+        raise UnsupportedFeatureError(
+            f"--backend cueq needs a lowered model, and {error}. Choose --backend torch."
+        ) from error
+    module = with_polynomials(in_precision(with_constants(lowered.module), precision))
+    check_polynomials(module)
+    return Prepared(module, lowered.tables)
 
 
 def with_constants(model: nn.Module) -> nn.Module:
@@ -250,6 +281,9 @@ Code = Callable[[Path, dict[str, str]], None]
 
 
 def _compiled(module: nn.Module, example: GraphBatch, backend: Backend) -> Code:
+    if backend == "cueq":
+        with without_kernels():
+            return partial(_save, trace(module, example))
     if backend != "aoti":
         return partial(_save, trace(module, example))
     from compactmlip.deploy.aoti import compile_package, write_package
@@ -269,15 +303,23 @@ def _check_options(output: Path, precision: Precision, backend: Backend, tf32: b
     if precision not in INPUTS:
         hint = did_you_mean(precision, INPUTS)
         raise InputError(f"unknown dtype '{precision}'; known: {', '.join(INPUTS)}.{hint}")
-    if tf32 and (backend != "torch" or precision == "float64"):
+    if tf32 and (backend not in ("torch", "cueq") or precision == "float64"):
         raise InputError(
-            "--tf32 is for files that run in float32 on NVIDIA GPUs: use it with --backend torch and "
+            "--tf32 is for files that run in float32 on NVIDIA GPUs: use it with --backend torch or cueq and "
             "without --dtype float64."
         )
 
 
 def _operators(backend: Backend) -> AbstractContextManager[None]:
     """Where a model's operations are those of the backend."""
+    if backend == "cueq":
+        from compactmlip.kernels.polynomial_operator import require
+
+        try:
+            require()
+        except KernelError as error:
+            raise KernelError(f"--backend cueq: {error}. Or choose --backend torch.") from error
+        return nullcontext()
     if backend != "kernels":
         return without_kernels()
     if not load_kernels():

@@ -20,6 +20,7 @@ from compactmlip.deploy.archive import (
     usable_device,
     without_profiling,
 )
+from compactmlip.deploy.cuda_graph import Recorded, check_recordable
 from compactmlip.deploy.matmul import matmul_precision
 from compactmlip.deploy.package import PackagedModel, check_runs_here
 from compactmlip.spec import ModelSpec
@@ -51,28 +52,45 @@ class Engine:
     deployment: Deployment | None = None
 
 
-def load_engine(path: str | Path, device: torch.device | str = "cpu") -> Engine:
+def load_engine(path: str | Path, device: torch.device | str = "cpu", *, cuda_graph: bool = False) -> Engine:
     """Load a deployed file.
+
+    Parameters
+    ----------
+    path
+        The file.
+    device
+        Where it is to run.
+    cuda_graph
+        Record the calculation as a CUDA graph, which saves time on small systems
+        (:mod:`compactmlip.deploy.cuda_graph`).
 
     Raises
     ------
     CheckpointError
         As :func:`compactmlip.deploy.archive.inspect`, and if this torch or processor cannot run the file.
     KernelError
-        If the file needs compiled operators and they cannot be built here.
+        If the file needs compiled operators or cuequivariance and they cannot be used here.
     InputError
-        If the device does not exist, or the file cannot run on it.
+        If the device does not exist, or the file cannot run on it or not be recorded.
     """
     path = Path(path)
     spec, deployment = inspect(path)
     target = usable_device(device)
+    if cuda_graph and (target.type != "cuda" or deployment.backend == "aoti"):
+        check_recordable(path, None, target)
     if deployment.backend == "aoti":
         check_runs_here(path, deployment, target)
         check_content(path)
         evaluate = from_package(PackagedModel(path, spec.cutoff))
     else:
         module, _ = load_deployed(path, target)
-        evaluate = from_energies(without_profiling(module), tf32=uses_tf32(deployment, target))
+        tf32 = uses_tf32(deployment, target)
+        if cuda_graph:
+            check_recordable(path, module, target)
+            evaluate = recorded(without_profiling(module), spec.cutoff, tf32=tf32)
+        else:
+            evaluate = from_energies(without_profiling(module), tf32=tf32)
     return Engine(spec, evaluate, DTYPES[spec.dtype], target, deployment)
 
 
@@ -85,6 +103,8 @@ def load_code(path: Path, spec: ModelSpec, deployment: Deployment) -> Evaluate:
     """Load the code of a file on the CPU, whatever the file itself says."""
     if deployment.backend == "aoti":
         return from_package(PackagedModel(path, spec.cutoff))
+    if deployment.backend == "cueq":
+        import compactmlip.kernels.polynomial_operator  # noqa: F401  registers the operator
     return from_energies(without_profiling(load_module(path)))
 
 
@@ -94,6 +114,17 @@ def from_energies(node_energy: NodeEnergy, *, tf32: bool = False) -> Evaluate:
     def evaluate(batch: GraphBatch) -> Derivatives:
         with matmul_precision(tf32=tf32):
             return energy_and_derivatives(node_energy, batch)
+
+    return evaluate
+
+
+def recorded(node_energy: NodeEnergy, cutoff: float, *, tf32: bool = False) -> Evaluate:
+    """Derivatives by automatic differentiation, recorded as a CUDA graph."""
+    run = Recorded(node_energy, cutoff)
+
+    def evaluate(batch: GraphBatch) -> Derivatives:
+        with matmul_precision(tf32=tf32):
+            return run(batch)
 
     return evaluate
 

@@ -51,7 +51,7 @@ def check_runs_here(path: Path, deployment: Deployment, device: torch.device) ->
     if device.type != "cpu":
         raise InputError(
             f"{path}: compiled with --backend aoti for the CPU, and cannot run on '{device}'. "
-            "Compile the model again with --backend torch."
+            "Compile the model again with --backend cueq (needs cuequivariance) or --backend torch."
         )
     if deployment.torch_version != str(torch.__version__):
         raise CheckpointError(

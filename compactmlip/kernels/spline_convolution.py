@@ -108,6 +108,23 @@ def hermite_weights(u: Tensor, values_per_knot: int) -> Tensor:
     return torch.stack(parts, dim=-1)
 
 
+def knots_around(
+    lengths: Tensor, num_knots: int, values_per_knot: int, cutoff: float, kink: float, knots_before_kink: int
+) -> tuple[Tensor, Tensor]:
+    """Knot before each distance (E,), and weights (E, 2 * values_per_knot) of the values there and behind it.
+
+    Beyond the cutoff the weights mean nothing.  Arguments are those of :func:`interpolate`.
+    """
+    behind = lengths >= kink
+    rest = num_knots - knots_before_kink
+    before, after = kink / max(knots_before_kink - 1, 1), (cutoff - kink) / (rest - 1)
+    position = torch.where(behind, (lengths - kink) / after, lengths / (before or 1.0))
+    last = torch.where(behind, rest, knots_before_kink) - 2
+    interval = torch.minimum(position.detach().clamp(min=0), last).floor()
+    index = (interval + behind * knots_before_kink).long()
+    return index, hermite_weights(position - interval, values_per_knot)
+
+
 def interpolate(
     table: Tensor,
     types: Tensor,
@@ -128,14 +145,7 @@ def interpolate(
         Where the knots lie, see :class:`compactmlip.deploy.lower.splines.Grid`.
     """
     num_knots, values = table.shape[1], table.shape[2]
-    behind = lengths >= kink
-    rest = num_knots - knots_before_kink
-    before, after = kink / max(knots_before_kink - 1, 1), (cutoff - kink) / (rest - 1)
-    position = torch.where(behind, (lengths - kink) / after, lengths / (before or 1.0))
-    last = torch.where(behind, rest, knots_before_kink) - 2
-    interval = torch.minimum(position.detach().clamp(min=0), last).floor()
-    weights = hermite_weights(position - interval, values)
-    index = (interval + behind * knots_before_kink).long()
+    index, weights = knots_around(lengths, num_knots, values, cutoff, kink, knots_before_kink)
     rows = torch.cat([table[types, index], table[types, index + 1]], dim=1)
     found = (weights.unsqueeze(-1) * rows).sum(1)
     return torch.where((lengths < cutoff).unsqueeze(-1), found, torch.zeros_like(found))

@@ -96,6 +96,7 @@ def lower(
     *,
     energy_bound: float = ENERGY_BOUND,
     force_bound: float = FORCE_BOUND,
+    runnable: Callable[[nn.Module], nn.Module] | None = None,
 ) -> Lowered:
     """Lower a native model with quintic tables, about the smallest that keep the bounds.
 
@@ -108,6 +109,9 @@ def lower(
     energy_bound, force_bound
         Largest errors of an atom's energy (eV) and of a force component (eV/Angstrom); what is measured stays
         below them by :data:`MARGIN` where that is possible.
+    runnable
+        What makes the form of a lowered model that errors are measured with, where compiled operators cannot
+        be used.
 
     Raises
     ------
@@ -122,7 +126,8 @@ def lower(
     intervals = FEWEST_INTERVALS
     while True:
         module = lower_on_grid(original, intervals)
-        found = [reference.errors(module) for reference in references]
+        measured = module if runnable is None else runnable(module)
+        found = [reference.errors(measured) for reference in references]
         energy, force = (max(errors) for errors in zip(*found, strict=True))
         excess = max(energy / energy_bound, force / force_bound) if energy_bound and force_bound else math.inf
         if excess <= 1 and (kept is None or excess * MARGIN <= 1):
