@@ -30,8 +30,8 @@ ENTRY = "compactmlip.json"
 """Name of the JSON text inside the archive."""
 
 DEPLOYED_VERSION = 4
-"""Version of the layout.  1 had torch files only; 2 added kernels; 3 precision, accuracy and aoti; 4 cueq, and
-operators that let a structure be split among processes."""
+"""Version of the layout.  1 had torch files only; 2 added kernels; 3 precision, accuracy and aoti; 4 cueq,
+and operators that let a structure be split among processes."""
 
 Backend = Literal["torch", "kernels", "cueq", "aoti"]
 """What a file is and needs: TorchScript that needs torch only; TorchScript that calls the operators of
