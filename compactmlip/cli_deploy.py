@@ -69,3 +69,22 @@ def build(
         # The LAMMPS of this environment finds its plugin; for others the line goes into the input.
         text += f"\nLAMMPS: {command}"
     print_result(as_json, text, **vars(report), lammps=command)
+
+
+def lammps_input(
+    structure: Annotated[Path, typer.Argument(help="Any file that ASE reads.")],
+    model: Annotated[Path, typer.Option(help="Deployed file (*.pt).")],
+    output: Output = None,
+    ensemble: Annotated[str, typer.Option(help="nve, nvt or npt.")] = "nvt",
+    temperature: Annotated[float, typer.Option(help="In K.")] = 300.0,
+    as_json: AsJSON = False,
+) -> None:
+    """Write a script and a data file for LAMMPS."""
+    from compactmlip.data.read import read_structures
+    from compactmlip.lammps.input import write_input
+
+    atoms = read_structures([structure])[-1]
+    folder = output or Path(f"{structure.stem}-lammps")
+    made = write_input(atoms, model, folder, ensemble=ensemble, temperature=temperature)  # type: ignore[arg-type]
+    text = f"wrote {made.script} and {made.data}; run: cd {folder} && lmp -in {made.script.name}"
+    print_result(as_json, text, script=made.script, data=made.data)

@@ -16,7 +16,8 @@ from pathlib import Path
 import numpy as np
 from ase import Atoms
 from ase.calculators.lammps import Prism
-from ase.data import atomic_masses, atomic_numbers
+
+from compactmlip.lammps.input import write_data
 
 BAR = 1.6021765e6
 """bar per eV/Angstrom^3, as LAMMPS has it in metal units."""
@@ -168,24 +169,6 @@ def header(atoms: Atoms, before: str = "") -> str:
     """First commands of a script."""
     boundary = " ".join("p" if periodic else "f" for periodic in atoms.pbc)
     return f"units metal\natom_style atomic\nboundary {boundary}\n{before}\n"
-
-
-def write_data(path: Path, atoms: Atoms, types: Sequence[str]) -> None:
-    """Write a structure with every digit, in LAMMPS's axes."""
-    prism = Prism(atoms.cell, pbc=atoms.pbc)
-    xhi, yhi, zhi, xy, xz, yz = prism.get_lammps_prism()
-    lines = ["", "", f"{len(atoms)} atoms", f"{len(types)} atom types"]
-    for axis, high in zip("xyz", (xhi, yhi, zhi), strict=True):
-        lines.append(f"0 {high:.17g} {axis}lo {axis}hi")
-    if prism.is_skewed():
-        lines.append(f"{xy:.17g} {xz:.17g} {yz:.17g} xy xz yz")
-    lines += ["", "Masses", ""]
-    lines += [f"{k} {atomic_masses[atomic_numbers[s]]:.10g}" for k, s in enumerate(types, start=1)]
-    lines += ["", "Atoms # atomic", ""]
-    positions = prism.vector_to_lammps(atoms.positions, wrap=False)
-    for k, (symbol, r) in enumerate(zip(atoms.get_chemical_symbols(), positions, strict=True), start=1):
-        lines.append(f"{k} {types.index(symbol) + 1} {r[0]:.17g} {r[1]:.17g} {r[2]:.17g}")
-    path.write_text("\n".join(lines) + "\n")
 
 
 def dumped(path: Path, frame: int = -1) -> np.ndarray:

@@ -12,11 +12,12 @@ import pytest
 import torch
 from ase import Atoms
 from ase.build import bulk
-from lammps_runs import Lammps, header, write_data
+from lammps_runs import Lammps, header
 
 from compactmlip import CompactMLIPCalculator
 from compactmlip.deploy.archive import DEPLOYED_VERSION, ENTRY, quiet_torchscript
 from compactmlip.kernels.build import require
+from compactmlip.lammps.input import write_data
 
 ROOT = Path(__file__).resolve().parents[2]
 

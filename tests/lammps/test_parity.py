@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 from ase import Atoms
 from ase.build import bulk
-from lammps_runs import OBSERVE, Lammps, Observed, header, observed, write_data
+from lammps_runs import OBSERVE, Lammps, Observed, header, observed
 
 from compactmlip import CompactMLIPCalculator
+from compactmlip.lammps.input import write_data
 
 RANKS = (1, 2, 4)
 MODELS = {

@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 from ase import Atoms
 from ase.build import bulk
-from lammps_runs import BAR, OBSERVE, Lammps, dumped, header, write_data
+from lammps_runs import BAR, OBSERVE, Lammps, dumped, header
 
 from compactmlip import CompactMLIPCalculator
+from compactmlip.lammps.input import write_data
 
 STATE = """
 dump state all custom {every} state.txt id xu yu zu vx vy vz fx fy fz
@@ -256,6 +257,7 @@ import sys
 import numpy as np
 import torch
 from compactmlip import CompactMLIPCalculator
+from compactmlip.lammps.input import write_data
 from compactmlip.lammps.entry import plugin_dir
 from ase.build import bulk
 plugin_dir()
