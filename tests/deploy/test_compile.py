@@ -20,7 +20,13 @@ from torch import Tensor, nn
 from compactmlip import checkpoint
 from compactmlip.data.graph import Derivatives, build_graph, collate, energy_and_derivatives
 from compactmlip.deploy import compile as compiler
-from compactmlip.deploy.archive import ENTRY, inspect, load_deployed, without_profiling
+from compactmlip.deploy.archive import (
+    DEPLOYED_VERSION,
+    ENTRY,
+    inspect,
+    load_deployed,
+    without_profiling,
+)
 from compactmlip.deploy.compile import compile_model
 from compactmlip.deploy.engine import from_energies
 from compactmlip.deploy.selfcheck import TOLERANCES, random_structures
@@ -101,7 +107,7 @@ def test_description(deployed: Path, small_spec: ModelSpec) -> None:
     plain = json.loads(entries[ENTRY])
     assert plain["species"] == list(small_spec.species)
     assert plain["units"] == {"energy": "eV", "length": "Angstrom"}
-    assert plain["deployed"]["format_version"] == 3
+    assert plain["deployed"]["format_version"] == DEPLOYED_VERSION
 
 
 def test_report_and_source(small_model: nn.Module, tmp_path: Path) -> None:
@@ -299,7 +305,7 @@ def test_rewritten_copy_loads(deployed: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda d: d["deployed"].update(format_version=4), "Upgrade"),
+        (lambda d: d["deployed"].update(format_version=DEPLOYED_VERSION + 1), "Upgrade"),
         (lambda d: d.update(format_version=99), "Upgrade"),
         (lambda d: d.pop("deployed"), "description is damaged"),
         (lambda d: d["deployed"].pop("self_check"), "self_check"),
