@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from compactmlip.cli_types import TF32, AsJSON, Backend, MeasuredOn, Output, Precision, print_result
+from compactmlip.errors import InputError
 
 
 def compile_(
@@ -77,13 +78,17 @@ def lammps_input(
     output: Output = None,
     ensemble: Annotated[str, typer.Option(help="nve, nvt or npt.")] = "nvt",
     temperature: Annotated[float, typer.Option(help="In K.")] = 300.0,
+    repeat: Annotated[int, typer.Option(help="Cells along each periodic direction.")] = 1,
     as_json: AsJSON = False,
 ) -> None:
     """Write a script and a data file for LAMMPS."""
     from compactmlip.data.read import read_structures
     from compactmlip.lammps.input import write_input
 
+    if repeat < 1:
+        raise InputError(f"--repeat must be at least 1, not {repeat}.")
     atoms = read_structures([structure])[-1]
+    atoms = atoms.repeat([repeat if periodic else 1 for periodic in atoms.pbc])
     folder = output or Path(f"{structure.stem}-lammps")
     made = write_input(atoms, model, folder, ensemble=ensemble, temperature=temperature)  # type: ignore[arg-type]
     text = f"wrote {made.script} and {made.data}; run: cd {folder} && lmp -in {made.script.name}"

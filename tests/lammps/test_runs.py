@@ -257,7 +257,6 @@ import sys
 import numpy as np
 import torch
 from compactmlip import CompactMLIPCalculator
-from compactmlip.lammps.input import write_data
 from compactmlip.lammps.entry import plugin_dir
 from ase.build import bulk
 plugin_dir()
