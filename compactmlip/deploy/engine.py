@@ -17,11 +17,13 @@ from compactmlip.deploy.archive import (
     inspect,
     load_deployed,
     load_module,
+    trust_scores,
     usable_device,
     without_profiling,
 )
 from compactmlip.deploy.matmul import matmul_precision
 from compactmlip.deploy.package import PackagedModel, check_runs_here
+from compactmlip.deploy.trust import TrustScores
 from compactmlip.spec import ModelSpec
 
 Evaluate = Callable[[GraphBatch], Derivatives]
@@ -42,6 +44,8 @@ class Engine:
         Of the edge vectors that it takes, and where it wants its inputs.
     deployment
         What the file says about itself; None of a model in memory.
+    trust
+        Scores atoms by the file's trust region; None if it has none.
     """
 
     spec: ModelSpec
@@ -49,6 +53,7 @@ class Engine:
     dtype: torch.dtype
     device: torch.device
     deployment: Deployment | None = None
+    trust: TrustScores | None = None
 
 
 def load_engine(path: str | Path, device: torch.device | str = "cpu") -> Engine:
@@ -66,6 +71,7 @@ def load_engine(path: str | Path, device: torch.device | str = "cpu") -> Engine:
     path = Path(path)
     spec, deployment = inspect(path)
     target = usable_device(device)
+    trust: TrustScores | None = None
     if deployment.backend == "aoti":
         check_runs_here(path, deployment, target)
         check_content(path)
@@ -73,7 +79,8 @@ def load_engine(path: str | Path, device: torch.device | str = "cpu") -> Engine:
     else:
         module, _ = load_deployed(path, target)
         evaluate = from_energies(without_profiling(module), tf32=uses_tf32(deployment, target))
-    return Engine(spec, evaluate, DTYPES[spec.dtype], target, deployment)
+        trust = trust_scores(module) if deployment.trust is not None else None
+    return Engine(spec, evaluate, DTYPES[spec.dtype], target, deployment, trust)
 
 
 def uses_tf32(deployment: Deployment, device: torch.device) -> bool:

@@ -101,7 +101,7 @@ def test_description(deployed: Path, small_spec: ModelSpec) -> None:
     plain = json.loads(entries[ENTRY])
     assert plain["species"] == list(small_spec.species)
     assert plain["units"] == {"energy": "eV", "length": "Angstrom"}
-    assert plain["deployed"]["format_version"] == 3
+    assert plain["deployed"]["format_version"] == 4
 
 
 def test_report_and_source(small_model: nn.Module, tmp_path: Path) -> None:
