@@ -225,7 +225,8 @@ class Scores(nn.Module):
         """Scores of atoms whose surroundings are known."""
         own = atoms.species
         covered = self.covered.index_select(0, own)
-        close = (self.shortest.index_select(0, own) / atoms.closest).amax(dim=1)
+        ratios = self.shortest.index_select(0, own) / atoms.closest
+        close = torch.where(atoms.closest < self.cutoff, ratios, torch.zeros_like(ratios)).amax(dim=1)
         far = atoms.closest.amin(dim=1) / self.nearest.index_select(0, own)
         middle, half = self.middle.index_select(0, own), self.half_width.index_select(0, own)
         coordination = (atoms.coordination - middle).abs() / half
