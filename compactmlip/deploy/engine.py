@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from compactmlip.data.graph import Derivatives, GraphBatch, derivatives, energy_and_derivatives
 from compactmlip.deploy.archive import (
@@ -79,7 +80,8 @@ def load_engine(path: str | Path, device: torch.device | str = "cpu") -> Engine:
     else:
         module, _ = load_deployed(path, target)
         evaluate = from_energies(without_profiling(module), tf32=uses_tf32(deployment, target))
-        trust = trust_scores(module) if deployment.trust is not None else None
+        if deployment.trust is not None:
+            trust = scores_by(trust_scores(module))
     return Engine(spec, evaluate, DTYPES[spec.dtype], target, deployment, trust)
 
 
@@ -103,6 +105,16 @@ def from_energies(node_energy: NodeEnergy, *, tf32: bool = False) -> Evaluate:
             return energy_and_derivatives(node_energy, batch)
 
     return evaluate
+
+
+def scores_by(trust: TrustScores) -> TrustScores:
+    """Scores whose products are computed in the precision of the file."""
+
+    def scores(species: Tensor, centers: Tensor, neighbors: Tensor, vectors: Tensor) -> Tensor:
+        with matmul_precision():
+            return trust(species, centers, neighbors, vectors)
+
+    return scores
 
 
 def from_package(model: PackagedModel) -> Evaluate:

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from compactmlip.data.graph import GraphBatch
 from compactmlip.deploy.archive import Precision
+from compactmlip.deploy.matmul import matmul_precision
 from compactmlip.deploy.precision import input_dtype
 from compactmlip.deploy.trust import SpeciesRegion, TrustRegion, TrustScores
-from compactmlip.errors import SelfCheckError
+from compactmlip.errors import InputError, SelfCheckError
 from compactmlip.spec import ModelSpec
 
 MAX_DIRECTIONS = 32
@@ -45,6 +46,10 @@ QUANTILE = 0.995
 
 FEATURE_MARGIN = 1.1
 """Factor on the quantile."""
+
+FURTHEST = 10.0
+"""Features may be no further than this many median distances, or one strange atom among few would let
+everything in.  In MgO the quantile is at four to five."""
 
 DISTANCE_MARGIN = 0.02
 """Part of a distance by which limits lie beyond what was seen."""
@@ -263,8 +268,9 @@ class FittedTrust:
         for graph in graphs:
             given = graph.to(dtype=input_dtype(precision))
             inputs = given.species, given.centers, given.neighbors, given.vectors
-            features = module.descriptors(*inputs)  # type: ignore[operator]
-            found, expected = compiled(*inputs), self.scores(features, *inputs)
+            with matmul_precision():
+                features = module.descriptors(*inputs)  # type: ignore[operator]
+                found, expected = compiled(*inputs), self.scores(features, *inputs)
             if not torch.allclose(found, expected, rtol=1e-3, atol=1e-3, equal_nan=True):
                 raise SelfCheckError(
                     "the compiled model scores atoms by its trust region otherwise than the original. "
@@ -284,6 +290,11 @@ def fit(module: nn.Module, spec: ModelSpec, graphs: Sequence[GraphBatch]) -> Fit
         Of the model.
     graphs
         The calibration set, one structure each, with edge vectors in the dtype that the module takes.
+
+    Raises
+    ------
+    InputError
+        If features are not finite.
     """
     num_species = len(spec.species)
     used = [graph for graph in graphs if len(graph.centers)]
@@ -291,6 +302,11 @@ def fit(module: nn.Module, spec: ModelSpec, graphs: Sequence[GraphBatch]) -> Fit
     for graph in used:
         inputs = graph.species, graph.centers, graph.neighbors, graph.vectors
         features = module.descriptors(*inputs)  # type: ignore[operator]
+        if not features.isfinite().all():
+            raise InputError(
+                f"the model's features are not finite for a calibration structure of {len(graph.species)} "
+                "atoms. Leave out structures with atoms very close; if all are sound, the model is broken."
+            )
         parts.append(surroundings(features, *inputs, num_species, spec.cutoff))
     counts = [int(sum((part.species == s).sum() for part in parts)) for s in range(num_species)]
     covered = [s for s, count in enumerate(counts) if count >= MIN_ATOMS]
@@ -325,13 +341,17 @@ def _folds(sizes: Sequence[int]) -> Tensor:
 def _feature_distance(atoms: Surroundings, fold: Tensor, s: int) -> float:
     """Largest distance allowed, from atoms that the mean and the covariance have not seen."""
     mine = atoms.species == s
-    if len(fold[mine].unique()) == 1:  # all in one structure: split that
-        fold = torch.cumsum(mine.long(), 0) % FOLDS
+    count = int(mine.sum())
+    if count - max(int((fold[mine] == k).sum()) for k in range(FOLDS)) < MIN_ATOMS // 2:
+        fold = torch.cumsum(mine.long(), 0) % FOLDS  # most are in one structure: split that
     found = []
     for k in fold[mine].unique():
         held = mine & (fold == k)
         found.append(Ball(atoms.features[mine & ~held])(atoms.features[held]))
-    return FEATURE_MARGIN * float(torch.quantile(torch.cat(found), QUANTILE))
+    held_out = torch.cat(found)
+    limit = torch.minimum(FEATURE_MARGIN * held_out.quantile(QUANTILE), FURTHEST * held_out.median())
+    # At least 1, for structures that repeat each other: only rounding tells their features apart.
+    return max(float(limit), 1.0)
 
 
 def _held_out(atoms: Surroundings, fold: Tensor, scores: Scores) -> float:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from ase import Atoms
+from ase.build import bulk
 from torch import nn
 from trust_structures import crystals, inputs, squeezed
 
@@ -18,7 +19,7 @@ from compactmlip.data.graph import build_graph
 from compactmlip.deploy.lower.lower import lower_on_grid
 from compactmlip.deploy.selfcheck import random_structures
 from compactmlip.deploy.trust_fit import SHRINKAGE, Ball, fit
-from compactmlip.errors import SelfCheckError
+from compactmlip.errors import InputError, SelfCheckError
 from compactmlip.models import exact_copy
 
 
@@ -116,3 +117,40 @@ def test_self_check_covers_the_scores(model: Any) -> None:
     for wrong in (lambda *x: right(*x) * 1.01, lambda *x: right(*x) * torch.nan):
         with pytest.raises(SelfCheckError, match="trust region"):
             fitted.check(wrong, module, graphs, "float64")
+
+
+def test_structures_that_repeat_each_other(model: Any) -> None:
+    """Nothing but rounding tells their features apart: they are inside, everything else is not."""
+    same = bulk("MgO", "rocksalt", a=4.21, cubic=True)
+    graphs = [build_graph(a, model.spec) for a in (same, same * (2, 1, 1), same)]
+    fitted = fit(exact_copy(model), model.spec, graphs)
+    assert fitted is not None
+    assert fitted.region.held_out == 0
+    for atoms, inside in ((same * (1, 2, 2), True), (crystals(1)[0], False)):
+        given = inputs(build_graph(atoms, model.spec))
+        scores = fitted.scores(model.descriptors(*given).detach(), *given)
+        assert bool((scores <= 1).all()) == inside
+
+
+def test_one_strange_atom_does_not_let_everything_in(model: Any) -> None:
+    """Silicon in one structure, and one atom of it on a site of MgO."""
+    silicon = bulk("Si", "diamond", a=5.4, cubic=True)
+    silicon.rattle(0.05, seed=0)
+    strange = crystals(1, 7)[0]
+    strange.symbols[0] = "Si"
+    frames = [silicon, strange, *crystals(6)]
+    fitted = fit(exact_copy(model), model.spec, [build_graph(a, model.spec) for a in frames])
+    assert fitted is not None
+    assert fitted.region.species["Si"].num_atoms == 9
+    # Without the bound it is above 3000, because the other atoms do not tell how the strange one varies.
+    assert 1 <= fitted.region.species["Si"].feature_distance < 300
+    given = inputs(build_graph(silicon, model.spec))
+    assert bool((fitted.scores(model.descriptors(*given).detach(), *given) <= 1).all())
+
+
+def test_features_that_are_not_finite(model: Any) -> None:
+    broken = exact_copy(model)
+    with torch.no_grad():
+        broken.layers[-1].down.orders["0"].weight.fill_(torch.nan)  # type: ignore[index,operator,union-attr]
+    with pytest.raises(InputError, match="not finite for a calibration structure of 8 atoms"):
+        fit(broken, model.spec, [build_graph(a, model.spec) for a in crystals(2)])
