@@ -24,7 +24,7 @@ def compile_(
     from compactmlip.data.read import read_structures
     from compactmlip.deploy.archive import SUFFIXES
     from compactmlip.deploy.compile import compile_model, default_backend
-    from compactmlip.info import accuracy_text, tables_text
+    from compactmlip.info import accuracy_text, tables_text, trust_text
 
     backend = backend or ("torch" if tf32 else default_backend())
     path = output or model.with_suffix(SUFFIXES.get(backend, ".pt"))  # type: ignore[call-overload]
@@ -40,10 +40,15 @@ def compile_(
     text = "\n  ".join([*lines, *(accuracy_text(a) for a in report.accuracy)])
     if report.tables is not None:
         text += f"\n  radial tables: {tables_text(report.tables)}"
+    if report.trust is not None:
+        text += f"\n  trust region: {trust_text(report.trust)[0]}"
     if report.note:
         text += f"\n  {report.note}"
     accuracy = [a.model_dump() for a in report.accuracy]
-    print_result(as_json, text, output=path, dtype=dtype, backend=backend, accuracy=accuracy)
+    trust = report.trust and report.trust.model_dump()
+    print_result(
+        as_json, text, output=path, dtype=dtype, backend=backend, accuracy=accuracy, trust_region=trust
+    )
 
 
 def build(

@@ -63,7 +63,8 @@ MeasuredOn = Annotated[
     list[Path] | None,
     typer.Option(
         "--calibration",
-        help="Structures on which the error against float64 is measured; labels are not needed.",
+        help="Structures on which the error against float64 is measured, and which span the trust region of "
+        "the file; labels are not needed.",
     ),
 ]
 Calibration = Annotated[list[Path], typer.Option("--calibration", help="Structures; labels are not needed.")]

@@ -51,6 +51,14 @@ class SelfCheckError(CompactMLIPError):
     """An exported model does not reproduce the model it was made from."""
 
 
+class OutsideError(CompactMLIPError):
+    """Atoms are outside the trust region of a model, and the calculation should stop there."""
+
+
+class TrustWarning(UserWarning):
+    """Atoms are outside the trust region of a model; what it says of them is extrapolation."""
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Return " Did you mean 'x'?" for the closest known word, or an empty string."""
     close = difflib.get_close_matches(word, list(known), n=1)

@@ -11,6 +11,7 @@ from compactmlip.spec import ModelSpec
 
 if TYPE_CHECKING:
     from compactmlip.deploy.archive import Accuracy, Deployment, Tables
+    from compactmlip.deploy.trust import TrustRegion
 
 
 def describe(path: str | Path) -> dict[str, Any]:
@@ -70,7 +71,35 @@ def _precision(spec: ModelSpec, deployment: Deployment) -> dict[str, Any]:
     tf32 = ", TF32 products on NVIDIA GPUs" if deployment.tf32 else ""
     errors = [accuracy_text(a) for a in deployment.accuracy] or "not measured"
     tables = {} if deployment.tables is None else {"radial tables": tables_text(deployment.tables)}
-    return {"precision": f"{precision}{tf32}", **tables, "error against float64": errors}
+    return {
+        "precision": f"{precision}{tf32}",
+        **tables,
+        "error against float64": errors,
+        "trust region": trust_text(deployment.trust),
+    }
+
+
+def trust_text(region: TrustRegion | None) -> list[str] | str:
+    """Describe a trust region: the calibration set, then one line for each species and for pairs."""
+    if region is None:
+        return "none (compiled without calibration structures)"
+    lines = [
+        f"{region.num_structures} structures, {region.num_atoms} atoms; {100 * region.held_out:.2g} % of "
+        "held-out atoms are outside"
+    ]
+    for symbol, s in region.species.items():
+        lines.append(
+            f"{symbol}: {s.num_atoms} atoms, nearest neighbour {_range(s.nearest)} Angstrom, coordination "
+            f"{_range(s.coordination)}, features in {s.directions} directions"
+        )
+    if region.shortest:
+        pairs = ", ".join(f"{pair} {d:.2f}" for pair, d in region.shortest.items())
+        lines.append(f"shortest distances: {pairs} Angstrom")
+    return lines
+
+
+def _range(limits: tuple[float, float]) -> str:
+    return f"{limits[0]:.2f} to {limits[1]:.2f}"
 
 
 def tables_text(tables: Tables) -> str:

@@ -32,7 +32,8 @@ EXCEPTIONS = {"compactmlip.data.graph": 0, "compactmlip.data.neighbors": 0}
 """Modules in another layer than their package: neighbour lists and batches, which models read."""
 
 DEPLOYED = tuple(
-    f"compactmlip.deploy.{name}" for name in ("ase", "archive", "cuda_graph", "engine", "matmul", "package")
+    f"compactmlip.deploy.{name}"
+    for name in ("ase", "archive", "cuda_graph", "engine", "matmul", "package", "trust")
 )
 """What a deployed file needs to run; only these modules may be imported with them."""
 DEPLOYED_NEEDS = (

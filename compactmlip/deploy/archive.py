@@ -2,10 +2,11 @@
 
 A TorchScript file (``*.pt``) maps ``(species, centers, neighbors, vectors)`` to the energy of each atom:
 species indices (N,) and edge ends (E,) as int64, edge vectors (E, 3) in Angstrom in the file's dtype,
-energies (N,) in eV as float64.  A file with machine code (``*.pt2``, backend "aoti", see
-:mod:`compactmlip.deploy.package`) returns the gradient of the summed energy with respect to the vectors
-as well.  The entry ``compactmlip.json`` is the model's spec (species, cutoff, units, dtype, provenance)
-with one more key, ``deployed``: :class:`Deployment`.
+energies (N,) in eV as float64.  If calibration structures were given there is a second method, which scores
+atoms by the trust region (:mod:`compactmlip.deploy.trust`).  A file with machine code (``*.pt2``, backend
+"aoti", see :mod:`compactmlip.deploy.package`) returns the gradient of the summed energy with respect to the
+vectors as well.  The entry ``compactmlip.json`` is the model's spec (species, cutoff, units, dtype,
+provenance) with one more key, ``deployed``: :class:`Deployment`.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
+from compactmlip.deploy.trust import METHOD, TrustRegion, TrustScores
 from compactmlip.errors import CheckpointError, InputError, KernelError
 from compactmlip.spec import DTypeName, ModelSpec
 
@@ -31,7 +33,7 @@ ENTRY = "compactmlip.json"
 
 DEPLOYED_VERSION = 4
 """Version of the layout.  1 had torch files only; 2 added kernels; 3 precision, accuracy and aoti; 4 cueq,
-and operators that let a structure be split among processes."""
+trust regions, and operators that let a structure be split among processes."""
 
 Backend = Literal["torch", "kernels", "cueq", "aoti"]
 """What a file is and needs: TorchScript that needs torch only; TorchScript that calls the operators of
@@ -125,7 +127,7 @@ class Deployment(_Frozen):
 
     ``precision`` and ``accuracy`` are None or empty in files of older releases.  ``tf32`` allows matrix
     products on NVIDIA GPUs to round their operands to 10 bits.  ``tables`` is None where radial networks are
-    evaluated as they are.
+    evaluated as they are, ``trust`` where no calibration structures were given.
     """
 
     format_version: int = DEPLOYED_VERSION
@@ -139,6 +141,7 @@ class Deployment(_Frozen):
     accuracy: tuple[Accuracy, ...] = ()
     tables: Tables | None = None
     binary: Binary | None = None
+    trust: TrustRegion | None = None
 
 
 def to_json(spec: ModelSpec, deployment: Deployment) -> str:
@@ -247,6 +250,18 @@ def without_profiling(module: torch.jit.ScriptModule) -> NodeEnergy:
         return energy
 
     return node_energy
+
+
+def trust_scores(module: torch.jit.ScriptModule) -> TrustScores:
+    """Return the function of a module that scores atoms by their trust region, which it must have."""
+    method = getattr(module, METHOD)
+
+    def scores(species: Tensor, centers: Tensor, neighbors: Tensor, vectors: Tensor) -> Tensor:
+        with torch.jit.optimized_execution(False), torch.no_grad():
+            found: Tensor = method(species, centers, neighbors, vectors)
+        return found
+
+    return scores
 
 
 def usable_device(device: torch.device | str) -> torch.device:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,12 @@ from ase.calculators.calculator import Calculator, all_changes
 from ase.stress import full_3x3_to_voigt_6_stress
 from torch import nn
 
-from compactmlip.data.graph import Derivatives, build_graph
+from compactmlip.data.graph import Derivatives, GraphBatch, build_graph
 from compactmlip.data.neighbors import VerletList
 from compactmlip.deploy.archive import DTYPES, usable_device
 from compactmlip.deploy.engine import Engine, from_energies, load_engine
-from compactmlip.errors import CheckpointError, InputError, did_you_mean
+from compactmlip.deploy.trust import Outside
+from compactmlip.errors import CheckpointError, InputError, OutsideError, TrustWarning, did_you_mean
 from compactmlip.spec import DTypeName, ModelSpec
 
 
@@ -45,13 +47,20 @@ class CompactMLIPCalculator(Calculator):
     cuda_graph
         Launch a calculation as one CUDA graph, which saves time on small systems: for compiled models on
         NVIDIA GPUs.  Not yet run on a GPU.
+    check
+        Compare the surroundings of all atoms with the file's trust region at the first and then at every
+        ``check``-th calculation; each check costs about as much as an energy without forces.  0 never does.
+        :attr:`outside` has the result, and the first time that atoms are outside, there is a
+        :class:`compactmlip.errors.TrustWarning`.
+    stop_outside
+        Raise :class:`compactmlip.errors.OutsideError` instead of warning, before anything is calculated.
 
     Raises
     ------
     CheckpointError
         If the file is missing, damaged, of another type or of a newer version.
     InputError
-        If device, dtype, skin or cuda_graph cannot be used.
+        If an option cannot be used; if there is something to check and the model has no trust region.
 
     Notes
     -----
@@ -71,6 +80,8 @@ class CompactMLIPCalculator(Calculator):
         dtype: DTypeName | None = None,
         skin: float = 0.5,
         cuda_graph: bool = False,
+        check: int = 0,
+        stop_outside: bool = False,
     ) -> None:
         super().__init__()
         if dtype is not None and dtype not in DTYPES:
@@ -83,10 +94,16 @@ class CompactMLIPCalculator(Calculator):
         else:
             # Absolute, so that a pickle can be used from another directory.
             self._source = Path(model).expanduser().absolute()
+        _check_options(check, stop_outside)
         self._device, self._dtype, self._cuda_graph = str(device), dtype, bool(cuda_graph)
         engine = _load(self._source, self._device, dtype, self._cuda_graph)
         if isinstance(self._source, Path):
             self._sha256 = _sha256(self._source)
+        if check and engine.trust is None:
+            raise InputError(_without_region(self._source, engine))
+        self._every, self._stop = int(check), bool(stop_outside)
+        self._calculations, self._warned = 0, False
+        self._outside: Outside | None = None
         self._engine: Engine | None = engine
         self._neighbors = VerletList(engine.spec.cutoff, skin)
         self.parameters.update(
@@ -95,6 +112,8 @@ class CompactMLIPCalculator(Calculator):
             dtype=str(engine.dtype).removeprefix("torch."),
             skin=float(skin),
             cuda_graph=self._cuda_graph,
+            check=self._every,
+            stop_outside=self._stop,
         )
 
     @property
@@ -106,6 +125,14 @@ class CompactMLIPCalculator(Calculator):
     def dtype(self) -> torch.dtype:
         """Precision of the computation."""
         return self._loaded().dtype
+
+    @property
+    def outside(self) -> Outside | None:
+        """Which atoms were outside the trust region at the last check, and why; None before the first.
+
+        It is no entry of ``results``, because ASE refuses properties that it does not know.
+        """
+        return self._outside
 
     def set(self, **kwargs: Any) -> dict[str, Any]:
         """Refuse to change options of an existing calculator.
@@ -135,6 +162,8 @@ class CompactMLIPCalculator(Calculator):
             If the model does not cover a species.
         InputError
             If the structure has no meaning, or the model gives values that are not finite for it.
+        OutsideError
+            If atoms are outside the trust region and that should stop the calculation.
         """
         self.results = {}
         super().calculate(atoms, list(properties), list(system_changes))
@@ -145,8 +174,27 @@ class CompactMLIPCalculator(Calculator):
         with torch.inference_mode(False):
             edges = self._neighbors.edges(self.atoms)
             graph = build_graph(self.atoms, engine.spec, engine.dtype, edges).to(device=engine.device)
+            self._check_trust(engine, graph)
             found = engine.evaluate(graph)
         self.results = _results(found)
+
+    def _check_trust(self, engine: Engine, graph: GraphBatch) -> None:
+        """Look, at every ``check``-th calculation, for atoms outside the trust region."""
+        due = self._every and self._calculations % self._every == 0
+        self._calculations += 1
+        if not due or engine.trust is None:
+            return
+        scores = engine.trust(graph.species, graph.centers, graph.neighbors, graph.vectors)
+        self._outside = found = Outside(scores.cpu().numpy())
+        if not found.count:
+            return
+        where = f"{found.describe()} (calculation {self._calculations}, {self.parameters['model']})"
+        if self._stop:
+            raise OutsideError(f"{where}. Train or calibrate the model on such structures, or do not stop.")
+        if not self._warned:
+            self._warned = True
+            message = f"{where}; this is said once, see the calculator's 'outside' for later checks."
+            warnings.warn(TrustWarning(message), stacklevel=3)
 
     def _get_name(self) -> str:
         return "compactmlip"
@@ -216,6 +264,28 @@ def _detached_copy(model: nn.Module) -> nn.Module:
             "or of a checkpoint (*.safetensors)."
         )
     return copy.deepcopy(model)
+
+
+def _check_options(check: int, stop_outside: bool) -> None:
+    if isinstance(check, bool) or not isinstance(check, int | np.integer) or check < 0:
+        raise InputError(f"check={check}: give a whole number of calculations, or 0 for no check.")
+    if stop_outside and not check:
+        raise InputError("stop_outside needs check: give check=1 to check at every calculation.")
+
+
+def _without_region(source: Path | nn.Module, engine: Engine) -> str:
+    """Why a model has no trust region, and what to do."""
+    name = source if isinstance(source, Path) else "a model in memory"
+    if engine.deployment is None:
+        reason = "only compiled files have a trust region"
+    elif engine.deployment.backend == "aoti":
+        reason = "machine code (--backend aoti) has no trust region"
+    else:
+        reason = "the file was compiled without calibration structures"
+    return (
+        f"{name}: {reason}, so there is nothing to check. Compile it with 'compactmlip compile --calibration "
+        "structures.xyz' (--backend kernels or torch), or leave check out."
+    )
 
 
 def _results(found: Derivatives) -> dict[str, Any]:

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from compactmlip import __version__
 from compactmlip.checkpoint import atomic_write, load, sha256
-from compactmlip.data.graph import GraphBatch
+from compactmlip.data.graph import GraphBatch, build_graph
 from compactmlip.deploy.archive import (
+    DTYPES,
     ENTRY,
     INPUTS,
     SUFFIXES,
@@ -28,8 +29,10 @@ from compactmlip.deploy.archive import (
     SelfCheck,
     Tables,
     inspect,
+    load_module,
     quiet_torchscript,
     to_json,
+    trust_scores,
 )
 from compactmlip.deploy.engine import load_code
 from compactmlip.deploy.lower.lower import lower
@@ -37,6 +40,8 @@ from compactmlip.deploy.matmul import matmul_precision
 from compactmlip.deploy.package import this_machine
 from compactmlip.deploy.precision import in_precision, input_dtype
 from compactmlip.deploy.selfcheck import TABLES, TOLERANCES, UNCHECKED, SelfChecker
+from compactmlip.deploy.trust import METHOD, TrustRegion
+from compactmlip.deploy.trust_fit import TOO_FEW, FittedTrust, fit
 from compactmlip.errors import (
     CheckpointError,
     InputError,
@@ -69,8 +74,11 @@ class CompileReport:
         Errors against the float64 model in units.
     tables
         Size and errors of the tables of a lowered model.
+    trust
+        The trust region, None if there is none.
     note
-        Why a model for compiled operators was not lowered; empty if it was, or was not to be.
+        Why a model for compiled operators was not lowered, or why there is no trust region though there are
+        structures for one; empty otherwise.
     num_bytes, sha256
         Size and digest of the file.
     """
@@ -81,6 +89,7 @@ class CompileReport:
     self_check: SelfCheck
     accuracy: tuple[Accuracy, ...]
     tables: Tables | None
+    trust: TrustRegion | None
     note: str
     num_bytes: int
     sha256: str
@@ -94,6 +103,7 @@ def compile_model(
     backend: Backend = "torch",
     check_structures: Sequence[Atoms] | None = None,
     calibration: Sequence[Atoms] = (),
+    trust_structures: Sequence[Atoms] | None = None,
     tf32: bool = False,
 ) -> CompileReport:
     """Compile a model to a file that runs without compactmlip's model code, and check the file.
@@ -121,6 +131,9 @@ def compile_model(
     calibration
         Structures (labels are not needed) on which the error against the float64 model is measured and
         stored in the file, besides those of the check.
+    trust_structures
+        Structures that span the file's trust region (see :mod:`compactmlip.deploy.trust`); those of
+        ``calibration`` if None.  Without any there is no trust region; nor is there with backend "aoti".
     tf32
         Allow products in TF32 on NVIDIA GPUs.  The check runs on the CPU and does not see what it costs.
 
@@ -149,7 +162,11 @@ def compile_model(
     checker = SelfChecker(original, spec, check_structures, calibration)
     with _operators(backend), matmul_precision():
         made = prepared(original, backend, dtype, checker)
-        code = _compiled(made.module, checker.largest_graph().to(dtype=input_dtype(dtype)), backend)
+        trust, no_trust = _fit_trust(
+            made.module, spec, backend, calibration if trust_structures is None else trust_structures
+        )
+        example = checker.largest_graph().to(dtype=input_dtype(dtype))
+        code = _compiled(made.module, example, backend, trust)
     deployment = Deployment(
         compactmlip_version=__version__,
         torch_version=str(torch.__version__),
@@ -160,6 +177,7 @@ def compile_model(
         self_check=UNCHECKED,
         tables=made.tables,
         binary=this_machine() if backend == "aoti" else None,
+        trust=trust.region if trust else None,
     )
 
     tolerances = TOLERANCES[dtype] if made.tables is None else TOLERANCES[dtype].plus(TABLES)
@@ -168,6 +186,8 @@ def compile_model(
         code(path, {})
         evaluate = load_code(path, spec, deployment)
         check = checker.compare(evaluate, dtype, tolerances)
+        if trust is not None:
+            trust.check(trust_scores(load_module(path)), made.module, checker.graphs, dtype)
         found = {"self_check": check, "accuracy": checker.measure(evaluate, dtype)}
         # The results are part of the file, so the file is written again, and checked again.
         code(path, {ENTRY: to_json(spec, deployment.model_copy(update=found))})
@@ -182,7 +202,8 @@ def compile_model(
         written.self_check,
         written.accuracy,
         written.tables,
-        made.note,
+        written.trust,
+        "; ".join(filter(None, (made.note, no_trust))),
         output.stat().st_size,
         sha256(output),
     )
@@ -257,35 +278,61 @@ def with_constants(model: nn.Module) -> nn.Module:
 class _NodeEnergy(nn.Module):
     """The part of a model's interface that is deployed: no taps."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, scores: nn.Module | None = None) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.scores = model, scores
 
     def forward(self, species: Tensor, centers: Tensor, neighbors: Tensor, vectors: Tensor) -> Tensor:
         energy: Tensor = self.model(species, centers, neighbors, vectors)
         return energy
 
+    def trust(self, species: Tensor, centers: Tensor, neighbors: Tensor, vectors: Tensor) -> Tensor:
+        """Scores of owned atoms in the trust region, (n_owned, 4)."""
+        assert self.scores is not None
+        features = self.model.descriptors(species, centers, neighbors, vectors)  # type: ignore[operator]
+        scores: Tensor = self.scores(features, species, centers, neighbors, vectors)
+        return scores
 
-def trace(model: nn.Module, example: GraphBatch) -> torch.jit.ScriptModule:
-    """Record the operations of a model; numbers of atoms and edges stay free."""
+
+def trace(model: nn.Module, example: GraphBatch, scores: nn.Module | None = None) -> torch.jit.ScriptModule:
+    """Record the operations of a model; numbers of atoms and edges stay free.
+
+    With ``scores`` the module has a second method, which shares the model's weights.
+    """
     inputs = (example.species, example.centers, example.neighbors, example.vectors)
+    methods = ("forward",) if scores is None else ("forward", METHOD)
     with quiet_torchscript(), torch.no_grad():
         # torch's own check of the trace runs the same shapes again; the self-check runs others.
-        traced = torch.jit.trace(_NodeEnergy(model).eval(), inputs, check_trace=False)
+        traced = torch.jit.trace_module(
+            _NodeEnergy(model, scores).eval(), dict.fromkeys(methods, inputs), check_trace=False
+        )
     assert isinstance(traced, torch.jit.ScriptModule)
     return traced
+
+
+def _fit_trust(
+    module: nn.Module, spec: ModelSpec, backend: Backend, structures: Sequence[Atoms]
+) -> tuple[FittedTrust | None, str]:
+    """Trust region that structures span, or None and, if there are structures, why."""
+    if not structures:
+        return None, ""
+    if backend == "aoti":
+        return None, "no trust region: machine code has none, choose --backend kernels or torch"
+    found = fit(module, spec, [build_graph(a, spec, DTYPES[spec.dtype]) for a in structures])
+    return found, TOO_FEW if found is None else ""
 
 
 Code = Callable[[Path, dict[str, str]], None]
 """Writes compiled code to a file, with further entries."""
 
 
-def _compiled(module: nn.Module, example: GraphBatch, backend: Backend) -> Code:
+def _compiled(module: nn.Module, example: GraphBatch, backend: Backend, trust: FittedTrust | None) -> Code:
+    scores = trust.scores if trust else None
     if backend == "cueq":
         with without_kernels():
-            return partial(_save, trace(module, example))
+            return partial(_save, trace(module, example, scores))
     if backend != "aoti":
-        return partial(_save, trace(module, example))
+        return partial(_save, trace(module, example, scores))
     from compactmlip.deploy.aoti import compile_package, write_package
 
     return partial(write_package, compile_package(module, example))

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from compactmlip.data.graph import Derivatives, GraphBatch, derivatives, energy_and_derivatives
 from compactmlip.deploy.archive import (
@@ -17,12 +18,14 @@ from compactmlip.deploy.archive import (
     inspect,
     load_deployed,
     load_module,
+    trust_scores,
     usable_device,
     without_profiling,
 )
 from compactmlip.deploy.cuda_graph import Recorded, check_recordable
 from compactmlip.deploy.matmul import matmul_precision
 from compactmlip.deploy.package import PackagedModel, check_runs_here
+from compactmlip.deploy.trust import TrustScores
 from compactmlip.spec import ModelSpec
 
 Evaluate = Callable[[GraphBatch], Derivatives]
@@ -43,6 +46,8 @@ class Engine:
         Of the edge vectors that it takes, and where it wants its inputs.
     deployment
         What the file says about itself; None of a model in memory.
+    trust
+        Scores atoms by the file's trust region; None if it has none.
     """
 
     spec: ModelSpec
@@ -50,6 +55,7 @@ class Engine:
     dtype: torch.dtype
     device: torch.device
     deployment: Deployment | None = None
+    trust: TrustScores | None = None
 
 
 def load_engine(path: str | Path, device: torch.device | str = "cpu", *, cuda_graph: bool = False) -> Engine:
@@ -79,6 +85,7 @@ def load_engine(path: str | Path, device: torch.device | str = "cpu", *, cuda_gr
     target = usable_device(device)
     if cuda_graph and (target.type != "cuda" or deployment.backend == "aoti"):
         check_recordable(path, None, target)
+    trust: TrustScores | None = None
     if deployment.backend == "aoti":
         check_runs_here(path, deployment, target)
         check_content(path)
@@ -91,7 +98,9 @@ def load_engine(path: str | Path, device: torch.device | str = "cpu", *, cuda_gr
             evaluate = recorded(without_profiling(module), spec.cutoff, tf32=tf32)
         else:
             evaluate = from_energies(without_profiling(module), tf32=tf32)
-    return Engine(spec, evaluate, DTYPES[spec.dtype], target, deployment)
+        if deployment.trust is not None:
+            trust = scores_by(trust_scores(module))
+    return Engine(spec, evaluate, DTYPES[spec.dtype], target, deployment, trust)
 
 
 def uses_tf32(deployment: Deployment, device: torch.device) -> bool:
@@ -127,6 +136,16 @@ def recorded(node_energy: NodeEnergy, cutoff: float, *, tf32: bool = False) -> E
             return run(batch)
 
     return evaluate
+
+
+def scores_by(trust: TrustScores) -> TrustScores:
+    """Scores whose products are computed in the precision of the file."""
+
+    def scores(species: Tensor, centers: Tensor, neighbors: Tensor, vectors: Tensor) -> Tensor:
+        with matmul_precision():
+            return trust(species, centers, neighbors, vectors)
+
+    return scores
 
 
 def from_package(model: PackagedModel) -> Evaluate:

@@ -321,3 +321,18 @@ class MACE(nn.Module):
             if part is not None:
                 energy = energy + part.to(torch.float64)
         return self.scaled(energy, species)
+
+    def descriptors(self, species: Tensor, centers: Tensor, neighbors: Tensor, vectors: Tensor) -> Tensor:
+        """Scalars of the product basis in the last layer that is read, (n_nodes, channels).
+
+        Rotations do not change them.  Parameters are those of :meth:`forward`.
+        """
+        last = max(t for t, layer in enumerate(self.layers) if layer.readout is not None)
+        edges, x = self.edge_features(species, centers, neighbors, vectors), self.embed(species)
+        for layer in self.layers[:last]:
+            x = layer(x, edges, species)
+        block = self.layers[last]
+        assert isinstance(block, MACEBlock)
+        scalars = block.contract(block.interaction(x, edges, species), species)[0]
+        assert scalars is not None
+        return scalars.squeeze(1)

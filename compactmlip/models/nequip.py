@@ -199,8 +199,20 @@ class NequIP(nn.Module):
         tap
             Called on every feature that a channel group names; used to score and to mask channels.
         """
+        return self.read_energy(self.features(species, centers, neighbors, vectors, tap), species, tap)
+
+    def features(
+        self, species: Tensor, centers: Tensor, neighbors: Tensor, vectors: Tensor, tap: Tap | None = None
+    ) -> Features:
+        """Features after the last layer; parameters as of :meth:`forward`."""
         edges = self.edge_features(centers, neighbors, vectors)
         x = self.embed(species, tap)
         for layer in self.layers:
             x = layer(x, edges, species, tap)
-        return self.read_energy(x, species, tap)
+        return x
+
+    def descriptors(self, species: Tensor, centers: Tensor, neighbors: Tensor, vectors: Tensor) -> Tensor:
+        """Scalars that the energy is read from, (n_nodes, channels); rotations do not change them."""
+        scalars = self.features(species, centers, neighbors, vectors)[0]
+        assert scalars is not None
+        return scalars.squeeze(1)

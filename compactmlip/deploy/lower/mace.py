@@ -184,6 +184,8 @@ class LoweredReadout(nn.Module):
 class LoweredLayer(nn.Module):
     """One layer: interaction, contraction, output, readout."""
 
+    invariant_channels: Tensor | None
+
     def __init__(self, model: MACE, t: int, grid: Grid) -> None:
         super().__init__()
         block = model.layers[t]
@@ -193,6 +195,8 @@ class LoweredLayer(nn.Module):
         self.interaction = LoweredInteraction(model, t, grid)
         self.contraction = FoldedContraction(block.contraction)
         self.outputs = block.contraction.outputs
+        index = getattr(block.contraction, "output_0", None) if last else None
+        self.register_buffer("invariant_channels", index)
         linear = weights_of(block.linear)
         skip = {} if block.skip is None else weights_of(block.skip)
         self.readout: LoweredReadout | None = None
@@ -226,6 +230,13 @@ class LoweredLayer(nn.Module):
             assert new[0] is not None
             energy = self.readout(new[0])
         return new, energy
+
+    def invariants(self, x: Features, graph: Domain) -> Tensor:
+        """Scalars of the product basis, (n_owned, channels that the native model has)."""
+        products = self._products(self.interaction(x, graph), graph.owned_species)[0]
+        assert products is not None
+        scalars = products.squeeze(1)
+        return scalars if self.invariant_channels is None else scalars[:, self.invariant_channels]
 
     def _products(self, atomic: Features, species: Tensor) -> Features:
         """Product basis per order, (n_owned, 2L+1, channels of the contraction)."""
@@ -267,3 +278,13 @@ class LoweredMACE(LoweredModel):
             if part is not None:
                 energy = energy + part.to(torch.float64)
         return self.in_ev(energy, graph.owned_species)
+
+    def descriptors(self, species: Tensor, centers: Tensor, neighbors: Tensor, vectors: Tensor) -> Tensor:
+        """Return those of the native model, (n_owned, channels)."""
+        graph = domain(species, centers, neighbors, vectors)
+        x: Features = []
+        for layer in self.layers[:-1]:
+            x, _ = layer(x, graph)
+        last = self.layers[-1]
+        assert isinstance(last, LoweredLayer)
+        return last.invariants(x, graph)

@@ -168,10 +168,17 @@ class LoweredNequIP(LoweredModel):
     def forward(self, species: Tensor, centers: Tensor, neighbors: Tensor, vectors: Tensor) -> Tensor:
         """Return (n_owned,), float64, eV."""
         graph = domain(species, centers, neighbors, vectors)
-        own = graph.owned_species
-        x: Features = [] if len(self.layers) else [self.embedding(own)]
+        energy = self.readout(self._scalars(graph)).flatten().to(torch.float64)
+        return self.in_ev(energy, graph.owned_species)
+
+    def descriptors(self, species: Tensor, centers: Tensor, neighbors: Tensor, vectors: Tensor) -> Tensor:
+        """Return those of the native model, (n_owned, channels)."""
+        return self._scalars(domain(species, centers, neighbors, vectors)).squeeze(1)
+
+    def _scalars(self, graph: Domain) -> Tensor:
+        """Scalars after the last layer, (n_owned, 1, channels)."""
+        x: Features = [] if len(self.layers) else [self.embedding(graph.owned_species)]
         for layer in self.layers:
             x = layer(x, graph)
         assert x[0] is not None
-        energy = self.readout(x[0]).flatten().to(torch.float64)
-        return self.in_ev(energy, own)
+        return x[0]
