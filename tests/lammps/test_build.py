@@ -18,6 +18,8 @@ from compactmlip.kernels.cached import NOTE
 from compactmlip.lammps import build as building, entry
 
 ROOT = Path(__file__).resolve().parents[2]
+IMPORTED = Path(building.__file__).resolve().parents[2]
+"""Where this process has compactmlip from: another one that starts there has the same."""
 
 
 def test_cached_plugin_is_found_without_torch_or_compiler(lammps: Lammps) -> None:
@@ -26,7 +28,8 @@ def test_cached_plugin_is_found_without_torch_or_compiler(lammps: Lammps) -> Non
     )
     done = subprocess.run(
         [sys.executable, "-c", code],
-        env=os.environ | {"PYTHONPATH": str(ROOT), "CXX": "no-such-compiler"},
+        cwd=IMPORTED,
+        env=os.environ | {"CXX": "no-such-compiler"},
         capture_output=True,
         text=True,
         check=True,
@@ -101,9 +104,7 @@ def test_lmp_finds_the_plugin_by_itself(lammps: Lammps, tmp_path: Path) -> None:
 
 def test_command_line(lammps: Lammps) -> None:
     command = [sys.executable, "-c", "from compactmlip.cli import main; main()", "build", "--json"]
-    done = subprocess.run(
-        command, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=True
-    )
+    done = subprocess.run(command, cwd=IMPORTED, capture_output=True, text=True, check=True)
     assert json.loads(done.stdout)["lammps"] == f"plugin load {lammps.plugin / building.PLUGIN}"
 
 
