@@ -1,6 +1,6 @@
 """Two threads beside one: energies and forces of deployed files, in turn in one process.
 
-    python benchmarks/threads.py small.pt compact.pt --systems "MgO 216" "MgO 1000"
+    python benchmarks/threads.py small.pt small.pt compact.pt --systems "Si 64" "Si 512" "MgO 216"
 
 Free cores are needed: the last columns say how much of the processors this process got.
 """
@@ -47,7 +47,7 @@ def main() -> None:
     options_parser = parser(__doc__)
     options_parser.set_defaults(threads=2)
     options_parser.add_argument("models", nargs="+", type=Path, help="deployed files")
-    options_parser.add_argument("--systems", nargs="+", default=["MgO 216", "MgO 1000"])
+    options_parser.add_argument("--systems", nargs="+", default=["MgO 216"], help="for each file, or for all")
     options_parser.add_argument("--repeats", type=int, default=7)
     options = options_parser.parse_args()
     if (os.cpu_count() or 1) < options.threads:
@@ -57,10 +57,11 @@ def main() -> None:
         f"\nAtoms per second of energies and forces, medians of {options.repeats}, one thread and "
         f"{options.threads} in turn; processors: processor time over wall time.\n\n"
     )
-    rows = []
-    for path in options.models:
-        evaluation = Evaluation(path)
-        rows += [measure(path, evaluation, s, options.threads, options.repeats) for s in options.systems]
+    systems = options.systems * (len(options.models) if len(options.systems) == 1 else 1)
+    rows = [
+        measure(path, Evaluation(path), system, options.threads, options.repeats)
+        for path, system in zip(options.models, systems, strict=True)
+    ]
     columns = ("file", "structure", "1 thread", f"{options.threads} threads", "ratio")
     shares = ("processors, 1 thread", f"processors, {options.threads} threads")
     report(text + table((*columns, *shares), rows), options.output)

@@ -233,11 +233,16 @@ void run_backward(const Problem<T, B>& s, int64_t nodes) {
   for (const Group& g : s.plan.groups)
     if (s.features[g.l1].gradient) feature_size += g.size();
   const bool buffered = feature_size && at::get_num_threads() > 1 && !at::in_parallel_region();
-  const int64_t at_once = buffered ? 256 * at::get_num_threads() : begin[nodes] + 1;
+  const int64_t threads = at::get_num_threads();
   std::vector<T> buffer;
   for (int64_t i = 0; i < nodes;) {
+    // Enough centres that no thread waits long for another, and as many for each.
     int64_t end = i + 1;
-    while (end < nodes && begin[end + 1] - begin[i] <= at_once) end++;
+    const auto enough = [&] {
+      const int64_t centers = end - i, edges = begin[end] - begin[i];
+      return buffered && centers % threads == 0 && centers >= 16 * threads && edges >= 256 * threads;
+    };
+    while (end < nodes && !enough()) end++;
     const int64_t first = begin[i], last = begin[end];
     if (buffered) buffer.resize(std::max<size_t>(buffer.size(), (last - first) * feature_size));
     over_centers<T>(i, end, [&](int64_t center, Workspace<T>& memory) {
