@@ -235,7 +235,8 @@ def test_not_a_number_stays_one() -> None:
 @pytest.mark.parametrize("name", ["all paths to l=3", "species as features"])
 def test_threads(name: str) -> None:
     """Bits repeat at each number of threads; between them only rounding may differ."""
-    case = make_case(**CASES[name], num_edges=2000)  # type: ignore[arg-type]
+    # Several blocks of centres for each number of threads, and a rest.
+    case = make_case(**CASES[name], num_nodes=170, num_edges=4000)  # type: ignore[arg-type]
     before, found = torch.get_num_threads(), []
     try:
         for threads in (1, 2, 3):
