@@ -23,6 +23,7 @@ namespace {
 
 constexpr int kNewestFormat = 4;  // DEPLOYED_VERSION of compactmlip/deploy/archive.py
 constexpr const char* kEntry = "extra/compactmlip.json";
+constexpr const char* kTrust = "trust";  // METHOD of compactmlip/deploy/trust.py
 
 // First line, without the place in torch's sources.
 std::string reason(const std::exception& error) {
@@ -82,6 +83,8 @@ at::Tensor view(const std::vector<int64_t>& values) {
   return at::from_blob(const_cast<int64_t*>(values.data()), {static_cast<int64_t>(values.size())}, at::kLong);
 }
 
+void copy(const at::Tensor& from, double* to) { at::from_blob(to, from.sizes(), at::kDouble).copy_(from); }
+
 }  // namespace
 
 struct Model::State {
@@ -98,6 +101,7 @@ struct Model::State {
   void describe(const Json& file);
   void load(const std::string& path, const std::string& where, const std::string& folder);
   void probe();
+  std::vector<c10::IValue> inputs(const Graph& graph) const;
 };
 
 void Model::State::describe(const Json& file) {
@@ -158,6 +162,13 @@ void Model::State::probe() {
   can_be_split |= found.toTensor().size(0) == 1;
 }
 
+std::vector<c10::IValue> Model::State::inputs(const Graph& graph) const {
+  const at::Tensor vectors =
+      at::from_blob(const_cast<double*>(graph.vectors.data()), {graph.edges(), 3}, at::kDouble);
+  return {view(graph.species).to(device), view(graph.centers).to(device), view(graph.neighbors).to(device),
+          vectors.to(device, dtype)};
+}
+
 Model::Model(const std::string& path, const std::string& device, const std::string& folder)
     : state_(std::make_unique<State>()) {
   try {
@@ -177,6 +188,7 @@ const std::string& Model::precision() const { return state_->precision; }
 const std::string& Model::backend() const { return state_->backend; }
 bool Model::can_be_split() const { return state_->can_be_split; }
 int64_t Model::message_bytes() const { return state_->message_bytes; }
+bool Model::has_trust_region() const { return state_->module.find_method(kTrust).has_value(); }
 
 void Model::evaluate(const Graph& graph, const compactmlip_exchange* exchange, int threads,
                      std::vector<double>& energies, std::vector<double>& gradient) {
@@ -187,26 +199,34 @@ void Model::evaluate(const Graph& graph, const compactmlip_exchange* exchange, i
     const torch::jit::GraphOptimizerEnabledGuard plain(false);
     const at::AutoGradMode with_gradient(true);
     const Exchange set(s.set_exchange, exchange);
-    at::Tensor vectors = at::from_blob(const_cast<double*>(graph.vectors.data()), {graph.edges(), 3}, at::kDouble);
-    vectors = vectors.to(s.device, s.dtype).requires_grad_();
-    const at::Tensor found = s.module
-                                 .forward({view(graph.species).to(s.device), view(graph.centers).to(s.device),
-                                           view(graph.neighbors).to(s.device), vectors})
-                                 .toTensor()
-                                 .narrow(0, 0, graph.owned);
+    const std::vector<c10::IValue> inputs = s.inputs(graph);
+    const at::Tensor vectors = inputs[3].toTensor().requires_grad_();
+    const at::Tensor found = s.module.forward(inputs).toTensor().narrow(0, 0, graph.owned);
     const auto of_vectors =
         torch::autograd::grad({found.sum()}, {vectors}, {}, /*retain_graph=*/false, /*create_graph=*/false,
                               /*allow_unused=*/true)[0];
-    const auto copy = [](const at::Tensor& from, std::vector<double>& to) {
-      at::from_blob(to.data(), from.sizes(), at::kDouble).copy_(from);
-    };
     energies.resize(graph.owned);
-    copy(found.detach(), energies);
+    copy(found.detach(), energies.data());
     gradient.resize(3 * graph.edges());
-    if (of_vectors.defined()) copy(of_vectors, gradient);
+    if (of_vectors.defined()) copy(of_vectors, gradient.data());
     else std::fill(gradient.begin(), gradient.end(), 0.0);
   } catch (const std::exception& error) {
     throw std::runtime_error("the model cannot be evaluated: " + reason(error));
+  }
+}
+
+void Model::scores(const Graph& graph, const compactmlip_exchange* exchange, int threads, std::vector<double>& found) {
+  State& s = *state_;
+  try {
+    const Threads limited(threads);
+    const torch::jit::GraphOptimizerEnabledGuard plain(false);
+    const at::NoGradGuard no_gradient;
+    const Exchange set(s.set_exchange, exchange);
+    const at::Tensor scores = s.module.get_method(kTrust)(s.inputs(graph)).toTensor();
+    found.resize(kReasons * graph.owned);
+    copy(scores.narrow(0, 0, graph.owned), found.data());
+  } catch (const std::exception& error) {
+    throw std::runtime_error("the trust region cannot be evaluated: " + reason(error));
   }
 }
 

@@ -34,9 +34,12 @@ PairCompactMLIP::PairCompactMLIP(LAMMPS* lammps, std::string folder) : Pair(lamm
   no_virial_fdotr_compute = 1;
   // The share of an atom in the virial of a many-body potential is a convention; see compute().
   centroidstressflag = CENTROID_NOTAVAIL;
+  nextra = kQuantities;
+  pvector = new double[kQuantities]();
 }
 
 PairCompactMLIP::~PairCompactMLIP() {
+  delete[] pvector;
   if (copymode || !allocated) return;
   memory->destroy(setflag);
   memory->destroy(cutsq);
@@ -47,24 +50,10 @@ PairCompactMLIP::~PairCompactMLIP() {
 void PairCompactMLIP::settings(int narg, char** arg) {
   if (strcmp(update->unit_style, "metal") != 0)
     error->all(FLERR, "pair_style compactmlip needs 'units metal' (eV and Angstrom), not 'units {}'", update->unit_style);
-  threads_ = 0, device_ = "cpu", precision_.clear();
-  for (int k = 0; k < narg; k += 2) {
-    const std::string keyword = arg[k];
-    if (keyword != "threads" && keyword != "device" && keyword != "precision")
-      error->all(FLERR, "pair_style compactmlip: unknown keyword '{}'; known are device, precision, threads", keyword);
-    if (k + 1 == narg) error->all(FLERR, "pair_style compactmlip: keyword '{}' has no value", keyword);
-    const std::string value = arg[k + 1];
-    if (keyword == "device") {
-      device_ = value;
-    } else if (keyword == "threads") {
-      threads_ = utils::inumeric(FLERR, value, false, lmp);
-      if (threads_ < 1) error->all(FLERR, "pair_style compactmlip: threads must be at least 1, not {}", threads_);
-    } else {
-      if (value != "float32" && value != "float64" && value != "mixed" && value != "bf16")
-        error->all(FLERR, "pair_style compactmlip: unknown precision '{}'; known are float32, float64, mixed, bf16",
-                   value);
-      precision_ = value;
-    }
+  try {
+    settings_ = compactmlip::read_settings({arg, arg + narg});
+  } catch (const std::exception& failure) {
+    error->all(FLERR, "pair_style compactmlip: {}", failure.what());
   }
 }
 
@@ -82,43 +71,52 @@ void PairCompactMLIP::coeff(int narg, char** arg) {
     map = new int[types + 1];
   }
   map_element2type(types, arg + 3);
+  members_.clear();
   load(arg[2]);
-  map_species();
-  if (comm->me == 0)
-    utils::logmesg(lmp, "compactmlip: {}, {}, cutoff {} Angstrom, {}\n", path_, joined(model_->species()), cutoff_,
-                   model_->precision());
+  for (const std::string& path : settings_.committee) load(path.c_str());
+  if (settings_.check_every && !members_[0].model->has_trust_region())
+    error->all(FLERR, "pair_style compactmlip: 'check' compares with the model's trust region, and {} has none; use "
+               "'compactmlip compile --calibration'", members_[0].path);
 }
 
 void PairCompactMLIP::load(const char* path) {
-  path_ = path;
+  Member member{path, nullptr, {}};
   try {
-    model_ = std::make_unique<compactmlip::Model>(path, device_, folder_);
+    member.model = std::make_unique<compactmlip::Model>(path, settings_.device, folder_);
   } catch (const std::exception& failure) {
     error->all(FLERR, "pair_style compactmlip: {}", failure.what());
   }
-  cutoff_ = model_->cutoff();
-  if (!precision_.empty() && precision_ != model_->precision())
+  const compactmlip::Model& model = *member.model;
+  const std::string& wanted = settings_.precision;
+  if (!wanted.empty() && wanted != model.precision())
     error->all(FLERR, "pair_style compactmlip: {} is compiled in {}, not in {}; use 'compactmlip compile --dtype {}'",
-               path_, model_->precision(), precision_, precision_);
-  if (comm->nprocs > 1 && !model_->can_be_split())
+               path, model.precision(), wanted, wanted);
+  if (comm->nprocs > 1 && !model.can_be_split())
     error->all(FLERR, "pair_style compactmlip: {} (compiled with --backend {}) runs on one process, and these are {}; "
-               "compile it with --backend kernels", path_, model_->backend(), comm->nprocs);
+               "compile it with --backend kernels", path, model.backend(), comm->nprocs);
+  member.species_of_type = species_of_types(member);
+  cutoff_ = members_.empty() ? model.cutoff() : std::max(cutoff_, model.cutoff());
+  if (comm->me == 0)
+    utils::logmesg(lmp, "compactmlip: {}, {}, cutoff {} Angstrom, {}\n", path, joined(model.species()), model.cutoff(),
+                   model.precision());
+  members_.push_back(std::move(member));
 }
 
-void PairCompactMLIP::map_species() {
-  const auto& known = model_->species();
-  species_of_type_.assign(atom->ntypes + 1, -1);
+std::vector<int> PairCompactMLIP::species_of_types(const Member& member) {
+  const auto& known = member.model->species();
+  std::vector<int> found(atom->ntypes + 1, -1);
   std::vector<std::string> missing;
   for (int type = 1; type <= atom->ntypes; type++) {
     if (map[type] < 0) continue;
     const std::string symbol = elements[map[type]];
-    const auto found = std::find(known.begin(), known.end(), symbol);
-    if (found != known.end()) species_of_type_[type] = static_cast<int>(found - known.begin());
+    const auto at = std::find(known.begin(), known.end(), symbol);
+    if (at != known.end()) found[type] = static_cast<int>(at - known.begin());
     else if (std::find(missing.begin(), missing.end(), symbol) == missing.end()) missing.push_back(symbol);
   }
   if (!missing.empty())
-    error->all(FLERR, "pair_style compactmlip: {} does not cover {}; it covers {}", path_, joined(missing),
+    error->all(FLERR, "pair_style compactmlip: {} does not cover {}; it covers {}", member.path, joined(missing),
                joined(known));
+  return found;
 }
 
 void PairCompactMLIP::init_style() {
@@ -126,12 +124,15 @@ void PairCompactMLIP::init_style() {
   if (atom->tag_enable == 0) error->all(FLERR, "pair_style compactmlip needs atom IDs ('atom_modify id yes')");
   check_special_bonds();
   if (comm->nprocs > 1) {
-    comm_forward = comm_reverse = static_cast<int>((model_->message_bytes() + 7) / 8);
+    int64_t bytes = settings_.committee_every ? 3 * sizeof(double) * members_.size() : 0;
+    for (const Member& member : members_) bytes = std::max(bytes, member.model->message_bytes());
+    comm_forward = comm_reverse = static_cast<int>((bytes + 7) / 8);
     // A hybrid style has asked its parts before they had models.
     force->pair->comm_forward = std::max(force->pair->comm_forward, comm_forward);
     force->pair->comm_reverse = std::max(force->pair->comm_reverse, comm_reverse);
   }
   known_local_ = known_ghosts_ = -1;
+  has_warned_ = false;
   neighbor->add_request(this, NeighConst::REQ_FULL);
 }
 
@@ -146,7 +147,17 @@ void PairCompactMLIP::check_special_bonds() {
 
 void* PairCompactMLIP::extract(const char* name, int& dim) {
   dim = 0;
-  return strcmp(name, "cutoff") == 0 ? &cutoff_ : nullptr;
+  if (strcmp(name, "cutoff") == 0) return &cutoff_;
+  if (strcmp(name, trust_score_.trigger_name) == 0 && settings_.check_every) return &trust_score_.trigger;
+  if (strcmp(name, force_deviation_.trigger_name) == 0 && settings_.committee_every) return &force_deviation_.trigger;
+  return nullptr;
+}
+
+void* PairCompactMLIP::extract_peratom(const char* name, int& columns) {
+  columns = 0;
+  for (PerAtom* property : {&trust_score_, &force_deviation_})
+    if (strcmp(name, property->name) == 0) return property->values.data();
+  return nullptr;
 }
 
 double PairCompactMLIP::memory_usage() {
@@ -158,41 +169,48 @@ double PairCompactMLIP::memory_usage() {
 
 void PairCompactMLIP::compute(int eflag, int vflag) {
   ev_init(eflag, vflag);
-  find_system();
-  evaluate();
+  number_nodes();
+  use(members_[0]);
+  if (due(settings_.check_every, trust_score_)) check_trust();
+  evaluate(members_[0]);
   add_energies();
   add_forces();
+  if (due(settings_.committee_every, force_deviation_)) compare_committee();
 }
 
-void PairCompactMLIP::find_system() {
+void PairCompactMLIP::number_nodes() {
   const bool same = neighbor->ago > 0 && neighbor_builds_ == neighbor->ncalls && known_local_ == atom->nlocal &&
                     known_ghosts_ == atom->nghost;
   if (!same) {
-    system_.number_nodes(*atom, species_of_type_);
+    system_.number_nodes(*atom, members_[0].species_of_type);
     neighbor_builds_ = neighbor->ncalls, known_local_ = atom->nlocal, known_ghosts_ = atom->nghost;
   }
   if (comm->nprocs == 1 && system_.has_ghosts())
     error->one(FLERR, "pair_style compactmlip: a ghost atom belongs to no atom; are atom IDs unique?");
-  if (!system_.find_edges(*atom, *list, cutoff_)) {
+}
+
+// The graph is that of this model from here on.
+void PairCompactMLIP::use(const Member& member) {
+  if (members_.size() > 1) system_.set_species(*atom, member.species_of_type);
+  if (!system_.find_edges(*atom, *list, member.model->cutoff())) {
     const int64_t last = system_.graph().edges() - 1;
     error->one(FLERR, "pair_style compactmlip: atoms {} and {} lie on top of each other in step {}",
                atom->tag[system_.center(last)], atom->tag[system_.neighbor(last)], update->ntimestep);
   }
+  exchange_ = {system_.graph().owned, system_.graph().nodes(), this, &send, &send_back};
 }
 
-void PairCompactMLIP::evaluate() {
-  const compactmlip::Graph& graph = system_.graph();
-  const compactmlip_exchange exchange{graph.owned, graph.nodes(), this, &send, &send_back};
+void PairCompactMLIP::evaluate(const Member& member) {
   try {
-    model_->evaluate(graph, comm->nprocs > 1 ? &exchange : nullptr, threads_, energies_, gradient_);
+    member.model->evaluate(system_.graph(), exchange(), settings_.threads, energies_, gradient_);
   } catch (const std::exception& failure) {
-    error->one(FLERR, "pair_style compactmlip: {}", failure.what());
+    error->one(FLERR, "pair_style compactmlip: {}: {}", member.path, failure.what());
   }
-  check_finite();
+  check_finite(member);
 }
 
 // An atom whose energy or force is not finite stops the run: integrating it would spoil all others.
-void PairCompactMLIP::check_finite() {
+void PairCompactMLIP::check_finite(const Member& member) {
   const auto finite = [](double value) { return std::isfinite(value); };
   int bad = -1;
   const auto energy = std::find_if_not(energies_.begin(), energies_.end(), finite);
@@ -200,9 +218,9 @@ void PairCompactMLIP::check_finite() {
   if (energy != energies_.end()) bad = system_.atom_of_node(energy - energies_.begin());
   else if (slope != gradient_.end()) bad = system_.center((slope - gradient_.begin()) / 3);
   if (bad < 0) return;
-  error->one(FLERR, "pair_style compactmlip: the model gives an energy or force that is not finite at atom {} ({}) in "
+  error->one(FLERR, "pair_style compactmlip: {} gives an energy or force that is not finite at atom {} ({}) in "
              "step {}; the structure may be far from what the model knows (atoms very close, time step too long)",
-             atom->tag[bad], elements[map[atom->type[bad]]], update->ntimestep);
+             member.path, atom->tag[bad], elements[map[atom->type[bad]]], update->ntimestep);
 }
 
 void PairCompactMLIP::add_energies() {
@@ -235,6 +253,8 @@ void PairCompactMLIP::add_forces() {
 }
 
 // ------------------------------------------------------------------------------------------- communication
+
+const compactmlip_exchange* PairCompactMLIP::exchange() { return comm->nprocs > 1 ? &exchange_ : nullptr; }
 
 void PairCompactMLIP::send(void* self, const compactmlip_rows* rows, int64_t count) {
   auto* pair = static_cast<PairCompactMLIP*>(self);

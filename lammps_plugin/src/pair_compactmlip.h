@@ -5,9 +5,11 @@
 #include <string>
 #include <vector>
 
+#include "deviation.h"
 #include "messages.h"
 #include "model.h"
 #include "pair.h"
+#include "settings.h"
 #include "system.h"
 
 namespace LAMMPS_NS {
@@ -24,6 +26,7 @@ class PairCompactMLIP : public Pair {
   double init_one(int, int) override { return cutoff_; }
   void compute(int eflag, int vflag) override;
   void* extract(const char* name, int& dim) override;
+  void* extract_peratom(const char* name, int& columns) override;
   double memory_usage() override;
 
   int pack_forward_comm(int n, int* atoms, double* buffer, int, int*) override;
@@ -32,28 +35,61 @@ class PairCompactMLIP : public Pair {
   void unpack_reverse_comm(int n, int* atoms, double* buffer) override;
 
  private:
+  // What `compute pair` gives, from 1 on in LAMMPS.
+  enum Quantity { kOutside, kLargestDeviation, kMeanDeviation, kEnergyDeviation, kQuantities };
+
+  // A model, and its species of each atom type (-1 for none).
+  struct Member {
+    std::string path;
+    std::unique_ptr<compactmlip::Model> model;
+    std::vector<int> species_of_type;
+  };
+
+  // A value for each atom of this process, which `fix pair` reads and can ask for.
+  struct PerAtom {
+    const char *name, *trigger_name;
+    int trigger = 0;
+    std::vector<double> values;  // and one more, so that there is an address without atoms
+  };
+
   void load(const char* path);
-  void map_species();
+  std::vector<int> species_of_types(const Member& member);
   void check_special_bonds();
-  void find_system();
-  void evaluate();
+  void number_nodes();
+  void use(const Member& member);
+  void evaluate(const Member& member);
   void add_energies();
   void add_forces();
-  void check_finite();
+  void check_finite(const Member& member);
+  const compactmlip_exchange* exchange();
   static void send(void* self, const compactmlip_rows* rows, int64_t count);
   static void send_back(void* self, const compactmlip_rows* rows, int64_t count, int64_t scalar);
 
-  std::string folder_, path_, device_ = "cpu", precision_;
-  int threads_ = 0;
-  std::unique_ptr<compactmlip::Model> model_;
-  double cutoff_ = 0;
-  std::vector<int> species_of_type_;
+  // pair_checks.cpp
+  bool due(int every, PerAtom& property);
+  void check_trust();
+  void warn_of_atoms_outside(const std::vector<double>& scores);
+  void compare_committee();
+  void report(Quantity quantity, double value);
+  void add_up(std::vector<double>& values);
+  void find_largest(std::vector<double>& values);
+
+  std::string folder_;
+  compactmlip::Settings settings_;
+  std::vector<Member> members_;  // forces are those of the first
+  double cutoff_ = 0;            // the longest
 
   compactmlip::System system_;
   compactmlip::Messages messages_{system_};
   bigint neighbor_builds_ = -1;
   int known_local_ = -1, known_ghosts_ = -1;
   std::vector<double> energies_, gradient_;
+  compactmlip_exchange exchange_{};
+
+  compactmlip::Deviation deviation_;
+  PerAtom trust_score_{"trust_score", "trust_score_flag"};
+  PerAtom force_deviation_{"force_deviation", "force_deviation_flag"};
+  bool has_warned_ = false;
 };
 
 }  // namespace LAMMPS_NS

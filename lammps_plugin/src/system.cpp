@@ -33,6 +33,11 @@ void System::number_nodes(LAMMPS_NS::Atom& atom, const std::vector<int>& species
   }
 }
 
+void System::set_species(LAMMPS_NS::Atom& atom, const std::vector<int>& species) {
+  for (size_t node = 0; node < atom_of_node_.size(); node++)
+    graph_.species[node] = species[atom.type[atom_of_node_[node]]];
+}
+
 bool System::find_edges(LAMMPS_NS::Atom& atom, LAMMPS_NS::NeighList& list, double cutoff) {
   const double* const* x = atom.x;
   const double longest = cutoff * cutoff;

@@ -17,6 +17,8 @@ class System {
   // Numbers the nodes.  species: of each type, -1 where the model does not apply.  Periodic images of own atoms are
   // these atoms; images of one atom of another process are one ghost.
   void number_nodes(LAMMPS_NS::Atom& atom, const std::vector<int>& species);
+  // Species as another model counts them, which leaves out the same types.
+  void set_species(LAMMPS_NS::Atom& atom, const std::vector<int>& species);
   // Edges of the neighbour list that are shorter than the cutoff; false if atoms lie on top of each other, which are
   // then the ends of the last edge.
   bool find_edges(LAMMPS_NS::Atom& atom, LAMMPS_NS::NeighList& list, double cutoff);

@@ -10,6 +10,7 @@ import mace_models
 import pytest
 from lammps_runs import Lammps, program
 from torch import nn
+from trust_structures import crystals
 
 from compactmlip.compress.apply import keep_species
 from compactmlip.deploy.compile import compile_model
@@ -33,7 +34,8 @@ def models(
 ) -> Models:
     """``models("mace", dtype="float64", backend="kernels")``: a deployed file, made once.
 
-    "mace" has two layers and five species; "sevennet" five layers, reduced to Mg and O.
+    "mace" has two layers and five species; "sevennet" five layers, reduced to Mg and O; "trusted" two layers
+    and a trust region, of rattled MgO; "other" a shorter cutoff and Mg and O in another order.
     """
     folder = tmp_path_factory.mktemp("models")
     native: dict[str, nn.Module] = {}
@@ -41,6 +43,10 @@ def models(
     def make(name: str) -> nn.Module:
         if name == "mace":
             return mace_models.make_model(mace_models.make_spec())
+        if name == "trusted":
+            return make_model(make_spec(channels=(6, 4), num_layers=2, lmax_edge=2), seed=3)
+        if name == "other":
+            return make_model(make_spec(species=("O", "Mg"), cutoff=3.3, num_layers=2, lmax_edge=1), seed=5)
         return keep_species(make_model(make_spec(num_layers=5)), ("Mg", "O"))
 
     def file(name: str, *, dtype: str = "float64", backend: str = "kernels") -> Path:
@@ -48,7 +54,9 @@ def models(
         if not path.exists():
             if name not in native:
                 native[name] = make(name)
-            compile_model(native[name], path, dtype=dtype, backend=backend)  # type: ignore[arg-type]
+            known = crystals(30) if name == "trusted" else None
+            options = {"dtype": dtype, "backend": backend, "trust_structures": known}
+            compile_model(native[name], path, **options)  # type: ignore[arg-type]
         return path
 
     return file

@@ -44,7 +44,7 @@ def start(tmp_path: Path) -> str:
         (
             "compactmlip thread 2",
             "MODEL Mg O",
-            "unknown keyword 'thread'; known are device, precision, threads",
+            "unknown keyword 'thread'; known are check, committee, device, precision",
         ),
         ("compactmlip threads", "MODEL Mg O", "keyword 'threads' has no value"),
         ("compactmlip threads 0", "MODEL Mg O", "threads must be at least 1"),
