@@ -41,7 +41,7 @@ boundary        {boundary}
 newton          on
 read_data       {data}
 
-pair_style      compactmlip
+pair_style      compactmlip{check}
 pair_coeff      * * {model} {symbols}
 
 neighbor        1.0 bin
@@ -49,12 +49,18 @@ timestep        0.001
 velocity        all create ${{temperature}} 4928 mom yes rot no loop all
 {fix}
 
-thermo          100
-thermo_style    custom step temp pe etotal press density
+{count}thermo          100
+thermo_style    custom step temp pe etotal press density{column}
 dump            trajectory all custom 100 trajectory.lammpstrj id type element x y z
 dump_modify     trajectory sort id element {symbols}
 restart         1000 restart.a restart.b
 run             ${{steps}}
+"""
+
+COUNT = """\
+# Atoms whose surroundings are unlike those that the model was made for; LAMMPS warns of the first.
+compute         told all pair compactmlip
+variable        outside equal c_told[1]
 """
 
 
@@ -75,6 +81,8 @@ def write_input(
     temperature: float = 300.0,
 ) -> LammpsInput:
     """Write a script and a data file for a structure and a deployed model.
+
+    If the model has a trust region, the script compares with it every 100 steps.
 
     Parameters
     ----------
@@ -104,7 +112,7 @@ def write_input(
     if ensemble == "npt" and not atoms.pbc.all():
         raise InputError("constant pressure (npt) needs a structure that is periodic in all directions.")
     check_structure(atoms)
-    spec, _ = inspect(model)
+    spec, deployment = inspect(model)
     spec.species_index(atoms.get_chemical_symbols())
     atoms = boxed(atoms)
     symbols = sorted(set(atoms.get_chemical_symbols()))
@@ -123,9 +131,16 @@ def write_input(
         boundary=" ".join("p" if periodic else "f" for periodic in atoms.pbc),
         symbols=" ".join(symbols),
         fix=FIXES[ensemble].replace("{box}", box),
+        **_checks(deployment.trust is not None),
     )
     script.write_text(text)
     return LammpsInput(script, data)
+
+
+def _checks(known: bool) -> dict[str, str]:
+    if not known:
+        return {"check": "", "count": "", "column": ""}
+    return {"check": " check 100", "count": COUNT, "column": " v_outside"}
 
 
 def boxed(atoms: Atoms) -> Atoms:

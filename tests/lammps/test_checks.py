@@ -15,6 +15,7 @@ from trust_structures import crystals, squeezed
 from compactmlip import CompactMLIPCalculator
 from compactmlip.lammps.input import write_data
 
+ROOT = Path(__file__).resolve().parents[2]
 WARNING = "outside the model's trust region in step"
 SAID_ONCE = "This is said once"
 
@@ -225,6 +226,23 @@ def test_dump_only_where_the_models_differ(
         path = folder / "worth.txt"
         frames.append(path.read_text().count("TIMESTEP") if path.exists() else 0)
     assert frames == [1, 0]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_as_the_readme_has_it(
+    lammps: Lammps, files: list[Path], crystal: Atoms, tmp_path: Path, ranks: int
+) -> None:
+    text = (ROOT / "README.md").read_text().split("### Reliability of a LAMMPS run")[1]
+    block = text.split("```text\n")[1].split("```")[0]
+    for name, file in zip(("model.pt", "other.pt", "third.pt"), files, strict=True):
+        block = block.replace(name, str(file))
+    start = f"{header(crystal)}read_data data.lammps\n{block}\n"
+    start += "dump all all custom 100 all.txt id f_score[1] f_score[2]\nfix move all nve\nrun 100\n"
+    done = succeeded(run(lammps, tmp_path, start, crystal, ranks))
+    thermo, values = done.thermo(), dumped(tmp_path / "all.txt")
+    assert len(thermo["Step"]) >= 1 and np.isfinite(values).all()
+    assert values[:, 1].max() == pytest.approx(thermo["c_told[2]"][-1], rel=1e-4)
+    assert (tmp_path / "worth-a-label.lammpstrj").exists() == (thermo["c_told[2]"].max() >= 0.3)
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from ase import Atoms
 from ase.build import bulk
 from ase.io import read, write
 from lammps_runs import Lammps
+from trust_structures import squeezed
 from typer.testing import CliRunner
 
 from compactmlip.cli import app
@@ -54,6 +55,15 @@ def test_script_runs(lammps: Lammps, models: Any, tmp_path: Path, ensemble: str)
     assert "Mg" in (folder / "trajectory.lammpstrj").read_text()
     if ensemble == "npt":
         assert thermo["Density"][0] != thermo["Density"][-1]
+
+
+def test_script_looks_for_atoms_outside_the_trust_region(lammps: Lammps, models: Any, tmp_path: Path) -> None:
+    written = write_input(squeezed(), models("trusted"), tmp_path, ensemble="nve", temperature=1)
+    done = lammps.run(tmp_path, written.script.read_text().replace("index 1000", "index 1"))
+    assert done.status == 0, done.output[-2000:]
+    assert (done.thermo()["v_outside"] > 0).all() and "outside the model's trust region" in done.output
+    plain = write_input(squeezed(), models("mace"), tmp_path / "plain")
+    assert "check" not in plain.script.read_text() and "outside" not in plain.script.read_text()
 
 
 def test_what_cannot_be_written(models: Any, tmp_path: Path) -> None:

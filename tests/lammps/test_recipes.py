@@ -36,7 +36,9 @@ def test_nve(lammps: Lammps, models: Any, tmp_path: Path) -> None:
 
 
 def test_nvt_rdf(lammps: Lammps, models: Any, tmp_path: Path) -> None:
-    output(lammps, tmp_path, "nvt-rdf.in", models("mace", dtype="float32"), steps=40, temperature=300)
+    model = models("trusted", dtype="float32")
+    text = output(lammps, tmp_path, "nvt-rdf.in", model, steps=40, temperature=300)
+    assert "v_outside" in text
     rows = [line.split() for line in (tmp_path / "rdf.txt").read_text().splitlines() if line[0] != "#"]
     table = np.array([row for row in rows if len(row) == 8], dtype=float)
     r, mg_mg, mg_o = table[-120:, 1], table[-120:, 2], table[-120:, 4]
