@@ -1,25 +1,27 @@
 """LAMMPS: steps per second on one and two processes and on two threads, beside the bare model; memory.
 
 "bare" is the deployed file in Python on a graph that is there already: energies and forces, no neighbour
-list.  Each number is the median over rounds in which all kinds run one after the other.
+list.  With --deepmd-python a compressed DeePMD model of usual size runs on the same structure for orientation:
+another kind of model, made for speed.  Each number is the median over rounds in which all run one after the
+other.
 
-    python benchmarks/lammps.py --model model.pt --system MgO --atoms 512 4096
+    python benchmarks/lammps.py --model model.pt --system MgO --atoms 512 4096 --deepmd-python ENV/bin/python
 """
 
 from __future__ import annotations
 
 import os
 import re
-import resource
 import statistics
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from common import Evaluation, header, parser, report, structure, table
 from process import timed
@@ -28,31 +30,36 @@ from compactmlip.kernels.build import load
 from compactmlip.lammps.build import build, installed
 from compactmlip.lammps.input import write_data
 
-BIN = Path(sys.executable).parent
 MB = 1e6
 STEPS = 3
 """Timed steps at the largest sizes; more where they are short."""
+SMALL = 192
+"""Atoms of the structure that a DeePMD model is made with."""
+ONE_THREAD = ("OMP_NUM_THREADS", "DP_INTRA_OP_PARALLELISM_THREADS", "DP_INTER_OP_PARALLELISM_THREADS")
 
 
 @dataclass(frozen=True)
 class Kind:
-    """Processes and threads of each."""
+    """A way to run: pair style, its file, processes and threads of each.
 
-    ranks: int
-    threads: int
+    Attributes
+    ----------
+    folder
+        Where ``lmp`` and ``mpirun`` are.
+    """
 
-    @property
-    def label(self) -> str:
-        return f"{self.ranks} x {self.threads}"
+    label: str
+    pair: str
+    folder: Path = Path(sys.executable).parent
+    ranks: int = 1
+    threads: int = 1
+    environment: dict[str, str] = field(default_factory=dict)
 
-
-KINDS = (Kind(1, 1), Kind(2, 1), Kind(1, 2))
 
 SCRIPT = """units metal
 boundary p p p
 read_data data.lammps
-pair_style compactmlip threads {threads}
-pair_coeff * * {model} {symbols}
+{pair}
 neighbor 1.0 bin
 velocity all create 300 4928 loop all
 fix move all nve
@@ -63,17 +70,52 @@ run {steps}
 """
 
 
-def lammps(folder: Path, model: Path, symbols: str, kind: Kind, steps: int) -> float:
-    """Seconds per step on the clock."""
-    (folder / "in").write_text(SCRIPT.format(threads=kind.threads, model=model, symbols=symbols, steps=steps))
-    command = [str(BIN / "lmp"), "-in", "in", "-log", "none"]
+def kinds(model: Path, symbols: str, deepmd: Path | None, deepmd_model: Path | None) -> list[Kind]:
+    ours = f"pair_style compactmlip threads {{}}\npair_coeff * * {model} {symbols}"
+    plugin_path = {"LAMMPS_PLUGIN_PATH": str(plugin())}
+    found = [
+        Kind(
+            f"{ranks} x {threads}",
+            ours.format(threads),
+            ranks=ranks,
+            threads=threads,
+            environment=plugin_path,
+        )
+        for ranks, threads in ((1, 1), (2, 1), (1, 2))
+    ]
+    if deepmd and deepmd_model:
+        pair = f"pair_style deepmd {deepmd_model}\npair_coeff * * {symbols}"
+        found += [Kind(f"DeePMD {ranks} x 1", pair, folder=deepmd.parent, ranks=ranks) for ranks in (1, 2)]
+    return found
+
+
+def lammps(folder: Path, kind: Kind, steps: int) -> tuple[float, float]:
+    """Seconds per step on the clock, and peak memory of the largest process in bytes."""
+    (folder / "in").write_text(SCRIPT.format(pair=kind.pair, steps=steps))
+    command = [str(kind.folder / "lmp"), "-in", "in", "-log", "none"]
     if kind.ranks > 1:
-        command = [str(BIN / "mpirun"), "-n", str(kind.ranks), *command]
-    settings = os.environ | {"OMP_NUM_THREADS": str(kind.threads), "LAMMPS_PLUGIN_PATH": str(plugin())}
-    done = subprocess.run(command, cwd=folder, env=settings, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(done.stdout[-2000:] + done.stderr[-2000:])
-    return float(re.findall(r"Loop time of (\S+) on", done.stdout)[-1]) / steps
+        command = [str(kind.folder / "mpirun"), "-n", str(kind.ranks), *command]
+    threads = dict.fromkeys(ONE_THREAD, str(kind.threads))
+    variables = (
+        {k: v for k, v in os.environ.items() if k != "LAMMPS_PLUGIN_PATH"} | threads | kind.environment
+    )
+    with (folder / "out").open("w") as out:
+        process = subprocess.Popen(command, cwd=folder, env=variables, stdout=out, stderr=out)
+        _, status, used = os.wait4(process.pid, 0)
+    text = (folder / "out").read_text()
+    if status:
+        raise SystemExit(text[-2000:])
+    return float(re.findall(r"Loop time of (\S+) on", text)[-1]) / steps, used.ru_maxrss * 1024
+
+
+def deepmd_model(python: Path, system: str, folder: Path) -> Path:
+    """A compressed DeePMD model, made in its own environment."""
+    small = structure(system, SMALL)
+    arrays = {"symbols": small.get_chemical_symbols(), "positions": small.positions, "cell": small.cell.array}
+    np.savez(folder / "structure.npz", **arrays)
+    script = Path(__file__).with_name("deepmd_model.py")
+    subprocess.run([python, script, folder / "deepmd", folder / "structure.npz"], check=True)
+    return folder / "deepmd" / "compressed.pb"
 
 
 def plugin() -> Path:
@@ -83,43 +125,66 @@ def plugin() -> Path:
     return build(installation)
 
 
-def measure(model: Path, system: str, atoms: int, rounds: int) -> list[list[Any]]:
+@dataclass
+class Measured:
+    """Medians of one structure: seconds per step by label, within-round ratios, peak memory in bytes."""
+
+    name: str
+    atoms: int
+    rounds: dict[str, list[float]]
+    memory: float
+
+    def speed(self, label: str) -> float:
+        return self.atoms / statistics.median(self.rounds[label])
+
+    def ratio(self, above: str, below: str) -> float:
+        """Median of the ratios of times within each round."""
+        return statistics.median(a / b for a, b in zip(self.rounds[above], self.rounds[below], strict=True))
+
+
+def measure(model: Path, system: str, atoms: int, rounds: int, peers: tuple[Path, Path] | None) -> Measured:
     crystal = structure(system, atoms)
     symbols = sorted(set(crystal.get_chemical_symbols()))
     torch.set_num_threads(1)
     evaluation = Evaluation(model)
     graph = evaluation.graph(crystal)
     evaluation(graph)
-    found: dict[str, list[float]] = {}
+    found = Measured(f"{system} {len(crystal)}", len(crystal), {}, 0.0)
+    ways = kinds(model, " ".join(symbols), *(peers or (None, None)))
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_data(folder / "data.lammps", crystal, symbols)
         for _ in range(rounds):
             bare = timed(partial(evaluation, graph))[1]["seconds"]
-            found.setdefault("bare", []).append(bare)
+            found.rounds.setdefault("bare", []).append(bare)
             steps = max(STEPS, round(2.0 / bare))
-            for kind in KINDS:
-                run = lammps(folder, model, " ".join(symbols), kind, steps)
-                found.setdefault(kind.label, []).append(run)
-    memory = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024 / MB
-    middle = {name: statistics.median(values) for name, values in found.items()}
-    one, ratio = KINDS[0].label, partial(_ratio, found)
+            for way in ways:
+                seconds, memory = lammps(folder, way, steps)
+                found.rounds.setdefault(way.label, []).append(seconds)
+                if way is ways[0]:
+                    found.memory = max(found.memory, memory)
+    return found
+
+
+def row(found: Measured) -> list[Any]:
+    one, processes, threads, *peers = [label for label in found.rounds if label != "bare"]
     return [
-        [
-            f"{system} {len(crystal)}",
-            len(crystal) / middle["bare"],
-            *(len(crystal) / middle[kind.label] for kind in KINDS),
-            f"{100 * (ratio(one, 'bare') - 1):.0f} %",
-            ratio(one, KINDS[1].label),
-            ratio(one, KINDS[2].label),
-            round(memory),
-        ]
+        found.name,
+        *(found.speed(label) for label in found.rounds),
+        f"{100 * (found.ratio(one, 'bare') - 1):.0f} %",
+        found.ratio(one, processes),
+        found.ratio(one, threads),
+        *([found.ratio(*peers)] if peers else []),
+        round(found.memory / MB),
     ]
 
 
-def _ratio(found: dict[str, list[float]], above: str, below: str) -> float:
-    """Median of the ratios within each round."""
-    return statistics.median(a / b for a, b in zip(found[above], found[below], strict=True))
+def memory_per_atom(rows: list[Measured]) -> str:
+    least, most = rows[0], rows[-1]
+    if least.atoms == most.atoms:
+        return ""
+    per_atom = (most.memory - least.memory) / (most.atoms - least.atoms)
+    return f"\nMemory of one process grows by {per_atom / 1e3:.1f} kB per atom.\n"
 
 
 def main() -> None:
@@ -128,24 +193,29 @@ def main() -> None:
     options.add_argument("--system", default="MgO", choices=("Si", "MgO", "water"))
     options.add_argument("--atoms", type=int, nargs="+", default=[512, 4096, 32768])
     options.add_argument("--rounds", type=int, default=3)
+    options.add_argument("--deepmd-python", type=Path, help="interpreter with deepmd-kit[lmp,cpu]")
     given = options.parse_args()
     load()
-    rows = [
-        row for n in given.atoms for row in measure(given.model.absolute(), given.system, n, given.rounds)
-    ]
+    with tempfile.TemporaryDirectory() as name:
+        peer, peers = given.deepmd_python, None
+        if peer:
+            peers = (peer.absolute(), deepmd_model(peer.absolute(), given.system, Path(name)))
+        rows = [measure(given.model.absolute(), given.system, n, given.rounds, peers) for n in given.atoms]
     columns = [
         "system",
         "bare model",
-        *(kind.label for kind in KINDS),
+        *list(rows[0].rounds)[1:],
         "LAMMPS 1 x 1 over bare",
         "2 processes over 1",
         "2 threads over 1",
+        *(["DeePMD: 2 processes over 1"] if peers else []),
         "largest process, MB",
     ]
-    command = f"python benchmarks/lammps.py --model MODEL --system {given.system} --atoms "
+    command = f"python benchmarks/lammps.py --model {given.model.name} --system {given.system} --atoms "
     text = header("LAMMPS", command + " ".join(map(str, given.atoms)))
     text += "\nAtoms x steps / s, by processes x threads; ratios are medians within rounds.\n\n"
-    report(text + table(columns, rows), given.output)
+    text += table(columns, [row(found) for found in rows]) + memory_per_atom(rows)
+    report(text, given.output)
 
 
 if __name__ == "__main__":
