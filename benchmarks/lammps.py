@@ -1,9 +1,9 @@
 """LAMMPS: steps per second on one and two processes and on two threads, beside the bare model; memory.
 
 "bare" is the deployed file in Python on a graph that is there already: energies and forces, no neighbour
-list.  With --deepmd-python a compressed DeePMD model of usual size runs on the same structure for orientation:
-another kind of model, made for speed.  Each number is the median over rounds in which all run one after the
-other.
+list.  With --deepmd-python a compressed DeePMD model of usual size runs on the same structure as
+orientation: another kind of model, made for speed.  Each number is the median over rounds in which all run
+one after the other.
 
     python benchmarks/lammps.py --model model.pt --system MgO --atoms 512 4096 --deepmd-python ENV/bin/python
 """

@@ -200,6 +200,29 @@ def test_hybrid_styles(lammps: Lammps, models: Any, crystal: Atoms, tmp_path: Pa
     assert abs(tables["lj alone"]).max() > 1e-3 and abs(tables["zbl alone"]).max() > 1e-3
 
 
+def test_dispersion_beside_a_model(lammps: Lammps, models: Any, crystal: Atoms, tmp_path: Path) -> None:
+    """D3 as ``hybrid/overlay`` adds it; it needs ghosts farther away than the model."""
+    write_data(tmp_path / "data.lammps", crystal, ["Mg", "O"])
+    d3, model = "dispersion/d3 original pbe 12.0 8.0", models("mace")
+    parts = [
+        f"pair_style hybrid/overlay compactmlip {d3}\npair_coeff * * compactmlip {model} Mg O\n"
+        "pair_coeff * * dispersion/d3 Mg O",
+        f"pair_style {d3}\npair_coeff * * Mg O",
+    ]
+    text = ""
+    for k, commands in enumerate(parts):
+        commands += f"\ndump forces all custom 1 forces{k}.txt id fx fy fz\n"
+        commands += "dump_modify forces sort id format float %.17g\nrun 0\n"
+        text += f"clear\n{header(crystal)}read_data data.lammps\n{commands}"
+    done = lammps.run(tmp_path, text, ranks=2)
+    assert done.status == 0, done.output[-2000:]
+    both, alone = (dumped(tmp_path / f"forces{k}.txt") for k in range(2))
+    crystal = crystal.copy()
+    crystal.calc = CompactMLIPCalculator(model)
+    assert abs(both - alone - crystal.get_forces()).max() < 1e-9
+    assert abs(alone).max() > 1e-3
+
+
 def test_energy_fluctuates_with_the_square_of_the_time_step(
     lammps: Lammps, models: Any, small: Atoms, tmp_path: Path
 ) -> None:
