@@ -8,6 +8,7 @@
 #include <ATen/Parallel.h>
 
 #include <algorithm>
+#include <memory>
 #include <vector>
 
 #include "edges.h"
@@ -222,49 +223,103 @@ void run_forward(const Problem<T, B>& s, int64_t nodes) {
   });
 }
 
-// With several threads, gradients of features are written edge by edge into a buffer that stays in the cache,
-// and then added in the order of the edges, each thread for its own columns: no two threads write to one
-// place, and the sums do not depend on the number of threads.
+// Largest sum of the copies below, in bytes.
+constexpr int64_t kCopies = int64_t{64} << 20;
+
+// With several threads, each adds the gradients of features to a copy of its own, the first to the result; the
+// copies are added afterwards.
 template <class T, int64_t B>
-void run_backward(const Problem<T, B>& s, int64_t nodes) {
-  const Sizes sizes(s.plan);
+void backward_with_copies(const Problem<T, B>& s, const Sizes& sizes, int64_t nodes, int64_t feature_size) {
   const std::vector<int64_t>& begin = s.edges.begin;
-  int64_t feature_size = 0;
-  for (const Group& g : s.plan.groups)
-    if (s.features[g.l1].gradient) feature_size += g.size();
-  const bool buffered = feature_size && at::get_num_threads() > 1 && !at::in_parallel_region();
-  const int64_t threads = at::get_num_threads();
+  const int64_t threads = at::get_num_threads(), size = nodes * feature_size;
+  const std::unique_ptr<T[]> copies(new T[(threads - 1) * size]);
+  at::parallel_for(0, threads, 1, [&](int64_t first, int64_t last) {
+    static thread_local Workspace<T> memory;
+    for (int64_t thread = first; thread < last; thread++) {
+      Problem<T, B> mine = s;
+      T* copy = copies.get() + (thread - 1) * size;
+      if (thread > 0) std::fill_n(copy, size, T(0));
+      for (const Group& g : s.plan.groups) {
+        if (thread == 0 || !s.features[g.l1].gradient) continue;
+        mine.features[g.l1].gradient = copy;
+        copy += nodes * g.size();
+      }
+      // Centres with as many edges for each.
+      const auto start = [&](int64_t n) {
+        return n == threads ? nodes
+                            : std::lower_bound(begin.begin(), begin.end() - 1, begin[nodes] * n / threads) - begin.begin();
+      };
+      for (int64_t i = start(thread); i < start(thread + 1); i++)
+        backward_center<T, B>(mine, sizes, memory, i, nullptr, feature_size, 0);
+    }
+  });
+  int64_t offset = 0;
+  for (const Group& g : s.plan.groups) {
+    T* sum = s.features[g.l1].gradient;
+    if (!sum) continue;
+    at::parallel_for(0, nodes * g.size(), 4096, [&](int64_t from, int64_t to) {
+      for (int64_t thread = 1; thread < threads; thread++) {
+        const T* copy = copies.get() + (thread - 1) * size + offset;
+        for (int64_t k = from; k < to; k++) sum[k] += copy[k];
+      }
+    });
+    offset += nodes * g.size();
+  }
+}
+
+// Where the copies would be too large, gradients of features are written edge by edge into a buffer that stays in
+// the cache, and then added in the order of the edges, each thread for its own columns: no two threads write to
+// one place.
+template <class T, int64_t B>
+void backward_with_buffer(const Problem<T, B>& s, const Sizes& sizes, int64_t nodes, int64_t feature_size) {
+  const std::vector<int64_t>& begin = s.edges.begin;
+  const int64_t threads = at::get_num_threads(), lanes = kLanes<T, B>;
   std::vector<T> buffer;
-  for (int64_t i = 0; i < nodes;) {
+  for (int64_t i = 0, end; i < nodes; i = end) {
     // Enough centres that no thread waits long for another, and as many for each.
-    int64_t end = i + 1;
+    end = i + 1;
     const auto enough = [&] {
       const int64_t centers = end - i, edges = begin[end] - begin[i];
-      return buffered && centers % threads == 0 && centers >= 16 * threads && edges >= 256 * threads;
+      return centers % threads == 0 && centers >= 16 * threads && edges >= 256 * threads;
     };
     while (end < nodes && !enough()) end++;
     const int64_t first = begin[i], last = begin[end];
-    if (buffered) buffer.resize(std::max<size_t>(buffer.size(), (last - first) * feature_size));
+    buffer.resize(std::max<size_t>(buffer.size(), (last - first) * feature_size));
     over_centers<T>(i, end, [&](int64_t center, Workspace<T>& memory) {
-      backward_center<T, B>(s, sizes, memory, center, buffered ? buffer.data() : nullptr, feature_size, first);
+      backward_center<T, B>(s, sizes, memory, center, buffer.data(), feature_size, first);
     });
-    if (buffered) {
-      const int64_t lanes = kLanes<T, B>;
-      at::parallel_for(0, feature_size / lanes, 4, [&](int64_t from, int64_t to) {
-        int64_t offset = 0;
-        for (const Group& g : s.plan.groups) {
-          if (!s.features[g.l1].gradient) continue;
-          const int64_t c0 = std::max(from * lanes, offset), c1 = std::min(to * lanes, offset + g.size());
-          for (int64_t k = first; c0 < c1 && k < last; k++) {
-            const T* here = buffer.data() + (k - first) * feature_size;
-            T* sum = s.features[g.l1].gradient + s.neighbors[s.edge(k)] * g.size() - offset;
-            for (int64_t c = c0; c < c1; c += lanes) store(sum + c, load<T, B>(sum + c) + load<T, B>(here + c));
-          }
-          offset += g.size();
+    at::parallel_for(0, feature_size / lanes, 4, [&](int64_t from, int64_t to) {
+      int64_t offset = 0;
+      for (const Group& g : s.plan.groups) {
+        if (!s.features[g.l1].gradient) continue;
+        const int64_t c0 = std::max(from * lanes, offset), c1 = std::min(to * lanes, offset + g.size());
+        for (int64_t k = first; c0 < c1 && k < last; k++) {
+          const T* here = buffer.data() + (k - first) * feature_size;
+          T* sum = s.features[g.l1].gradient + s.neighbors[s.edge(k)] * g.size() - offset;
+          for (int64_t c = c0; c < c1; c += lanes) store(sum + c, load<T, B>(sum + c) + load<T, B>(here + c));
         }
-      });
-    }
-    i = end;
+        offset += g.size();
+      }
+    });
+  }
+}
+
+template <class T, int64_t B>
+void run_backward(const Problem<T, B>& s, int64_t nodes) {
+  const Sizes sizes(s.plan);
+  int64_t feature_size = 0;
+  for (const Group& g : s.plan.groups)
+    if (s.features[g.l1].gradient) feature_size += g.size();
+  const int64_t threads = at::in_parallel_region() ? 1 : at::get_num_threads();
+  const int64_t copies = (threads - 1) * nodes * feature_size * static_cast<int64_t>(sizeof(T));
+  if (feature_size == 0 || threads == 1) {
+    over_centers<T>(0, nodes, [&](int64_t center, Workspace<T>& memory) {
+      backward_center<T, B>(s, sizes, memory, center, nullptr, feature_size, 0);
+    });
+  } else if (copies <= kCopies) {
+    backward_with_copies(s, sizes, nodes, feature_size);
+  } else {
+    backward_with_buffer(s, sizes, nodes, feature_size);
   }
 }
 

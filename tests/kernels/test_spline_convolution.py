@@ -235,8 +235,17 @@ def test_not_a_number_stays_one() -> None:
 @pytest.mark.parametrize("name", ["all paths to l=3", "species as features"])
 def test_threads(name: str) -> None:
     """Bits repeat at each number of threads; between them only rounding may differ."""
-    # Several blocks of centres for each number of threads, and a rest.
-    case = make_case(**CASES[name], num_nodes=170, num_edges=4000)  # type: ignore[arg-type]
+    check_threads(make_case(**CASES[name], num_nodes=170, num_edges=4000))  # type: ignore[arg-type]
+
+
+def test_threads_with_many_features() -> None:
+    """Where a copy of the gradients for each thread would be too large: blocks of centres, and a rest."""
+    case = make_case(paths_up_to(3, 0, 3), [64] * 4, 1, num_nodes=8_501, num_edges=20_000)
+    assert 8_501 * 64 * 16 * 8 > 64 << 20
+    check_threads(case)
+
+
+def check_threads(case: Case) -> None:
     before, found = torch.get_num_threads(), []
     try:
         for threads in (1, 2, 3):
