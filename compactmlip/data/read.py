@@ -146,9 +146,11 @@ def _normalised(
         if found[label] is None and not (label == "stress" and found["virials"] is not None):
             raise InputError(_missing_label(atoms, label, keys[label], where))
     out = Atoms(atoms.numbers, atoms.positions, cell=atoms.cell, pbc=atoms.pbc)
-    out.info = {k: v for k, v in atoms.info.items() if k not in keys.values()}
+    # Labels under the REF names that were not asked for would be taken for those that were.
+    labels = {*keys.values(), ENERGY, FORCES, STRESS}
+    out.info = {k: v for k, v in atoms.info.items() if k not in labels}
     for name, array in atoms.arrays.items():
-        if name not in ("numbers", "positions", *keys.values()):
+        if name not in ("numbers", "positions", *labels):
             out.new_array(name, array)
     if found["energy"] is not None:
         energy = _numbers(found["energy"], [(), (1,)], keys["energy"], where, finite)
