@@ -20,8 +20,9 @@ from compactmlip.models import model_device, model_dtype, model_spec
 
 E0Choice = Literal["auto", "parent", "isolated", "least-squares"]
 
-MUCH_WORSE = 1.5
-"""Isolated atoms are not used by "auto" if they leave an error this many times that of least squares."""
+MUCH_WORSE, NEGLIGIBLE = 1.5, 0.005
+"""Isolated atoms are not used by "auto" if they leave an error this many times that of least squares, and so
+much more (eV/atom)."""
 
 
 @dataclass(frozen=True)
@@ -56,8 +57,8 @@ def fit_reference(
 ) -> ReferenceEnergies:
     """Find the shifts.
 
-    "least-squares" fits ``missing`` by a constant per species; of equally good fits, the one with the
-    smallest shifts.  "isolated" makes the energy of a free atom what its label says.  "auto" is
+    "least-squares" fits ``missing`` per atom by a constant per species; of equally good fits, it is the one
+    with the smallest shifts.  "isolated" makes the energy of a free atom what its label says.  "auto" is
     "isolated" where all species have such a label and it leaves an error that is not much above that of
     least squares, else "least-squares".  A mapping gives energies of free atoms.
 
@@ -81,7 +82,8 @@ def fit_reference(
     """
     present = [s for k, s in enumerate(species) if counts[:, k].any()]
     shifts = {"parent": dict.fromkeys(species, 0.0)}
-    fit, _, rank, _ = np.linalg.lstsq(counts, missing, rcond=None)
+    sizes = counts.sum(axis=1)
+    fit, _, rank, _ = np.linalg.lstsq(counts / sizes[:, None], missing / sizes, rcond=None)
     shifts["least-squares"] = {s: float(x) for s, x in zip(species, fit, strict=True)}
     lacking = [s for s in present if s not in isolated]
     if not isinstance(choice, str):
@@ -96,7 +98,8 @@ def fit_reference(
     note = ""
     if choice == "auto":
         choice = "least-squares"
-        if "isolated" in mae and mae["isolated"] <= MUCH_WORSE * mae["least-squares"]:
+        allowed = max(MUCH_WORSE * mae["least-squares"], mae["least-squares"] + NEGLIGIBLE)
+        if "isolated" in mae and mae["isolated"] <= allowed:
             choice = "isolated"
         elif "isolated" in mae:
             note = (

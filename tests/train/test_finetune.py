@@ -309,16 +309,17 @@ def test_forgetting_is_measured_against_the_parent(run: Callable[..., FinetuneRe
     assert still.removed_species == ()
     for found in still.forgetting:
         assert found.errors.forces.max < 1e-6 and found.mean_force > 10
-    moved = run("moved", keep_species=("all",))
-    assert all(f.errors.forces.mae > 0.1 for f in moved.forgetting)
+    moved = run("moved", keep_species=("all",), max_epochs=10, lr=0.005)
+    assert moved.best_epoch > 0 and all(f.errors.forces.mae > 0.1 for f in moved.forgetting)
 
 
 def test_replay_keeps_the_parent(run: Callable[..., FinetuneResult]) -> None:
-    changes = {"max_epochs": 12, "keep_species": ("all",), "forgetting_structures": 6}
+    changes = {"max_epochs": 25, "lr": 0.004, "keep_species": ("all",), "forgetting_structures": 6}
     without = run("without", **changes)
     with_replay = run("with", **changes, replay_structures=8, replay_weight=3.0)
+    assert min(without.best_epoch, with_replay.best_epoch) > 5
     a, b = (r.forgetting[1].errors.forces.mae for r in (with_replay, without))
-    assert a < 0.7 * b
+    assert a < 0.7 * b, (a, b)
 
 
 def test_isolated_atoms_give_the_energies_of_free_atoms(
@@ -326,7 +327,7 @@ def test_isolated_atoms_give_the_energies_of_free_atoms(
 ) -> None:
     free = isolated_energies(truth)
     alone = truth(*_inputs(truth, Atoms("Mg")))
-    assert free["Mg"] == pytest.approx(float(alone), abs=1e-12)
+    assert free["Mg"] == pytest.approx(float(alone.detach()), abs=1e-12)
     frames = FinetuneData(data.train, data.valid, data.test, {s: free[s] for s in SHIFTS})
     result = run("isolated", frames=frames, e0="isolated", lr=NO_STEP, max_epochs=1)
     assert result.reference.source == "isolated"
