@@ -40,6 +40,11 @@ from compactmlip.train.trainable import add_low_rank, freeze, merge_low_rank
 
 MODEL_FILE, START_FILE = "model.safetensors", "start.json"
 
+NOTHING_BETTER = (
+    "no epoch had a lower validation loss than the start, so the model is its parent with shifted energies; try a "
+    "smaller lr, or more time"
+)
+
 Say = Callable[[str], None]
 
 
@@ -198,6 +203,9 @@ def finetune(
         state.restore(saved)
     fit(state, train, valid, options, folder, title="fine-tune", progress=progress, clock=clock)
     best = merge_low_rank(best_model(state)).requires_grad_(True)
+    if state.counters.best_epoch == 0:
+        notes.append(NOTHING_BETTER)
+        say(f"note: {NOTHING_BETTER}")
     sets = {"valid": _errors(start, best, valid, data.valid)}
     if data.test:
         test = _dataset(data.test, slim, dtype, "the test set", options)

@@ -23,7 +23,7 @@ from compactmlip.compress.apply import keep_species
 from compactmlip.data.graph import build_graph
 from compactmlip.errors import InputError, SelfCheckError
 from compactmlip.train import finetune as module, loop
-from compactmlip.train.finetune import MODEL_FILE, FinetuneData, FinetuneResult, finetune
+from compactmlip.train.finetune import MODEL_FILE, NOTHING_BETTER, FinetuneData, FinetuneResult, finetune
 from compactmlip.train.finetune_options import FinetuneOptions
 from compactmlip.train.forgetting import labelled_by
 from compactmlip.train.reference import fit_reference, isolated_energies
@@ -99,6 +99,7 @@ def test_step_zero_is_the_parent_up_to_the_shift(
 ) -> None:
     result = run(lr=NO_STEP, max_epochs=1)
     assert result.removed_species == ("H", "C", "Si") and result.model.spec.species == ("O", "Mg")
+    assert result.best_epoch == 0 and NOTHING_BETTER in result.notes
     assert result.start.energy < 1e-11 and result.start.forces < 1e-10
     assert torch.equal(weights(result.model), weights(keep_species(parent, ("O", "Mg"))))
     # Row 0 of the history has the parent's own force error, and energies after a shift by the least squares.
