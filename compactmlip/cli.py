@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from compactmlip import __version__, cli_deploy
+from compactmlip import __version__, cli_deploy, cli_train
 from compactmlip.cli_types import (
     AcceptLicence,
     AsJSON,
@@ -328,6 +328,7 @@ def distil(
     print_result(as_json, f"wrote {path}: {result.errors} on {valid}", output=path, **result.errors.row())
 
 
+app.command()(cli_train.finetune)
 app.command("compile")(cli_deploy.compile_)
 app.command()(cli_deploy.build)
 app.command("lammps-input")(cli_deploy.lammps_input)

@@ -6,7 +6,7 @@ Labels live in ``info["REF_energy"]`` (eV), ``arrays["REF_forces"]`` (eV/Angstro
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -72,6 +72,7 @@ def read_labelled(
     stress_key: str = STRESS,
     virials_key: str = "REF_virials",
     require: Sequence[Label] = ("energy", "forces"),
+    finite: bool = True,
 ) -> list[Atoms]:
     """Read a labelled data set and bring its labels to the ``REF_*`` names.
 
@@ -88,6 +89,8 @@ def read_labelled(
         (virial = -dE/dstrain).
     require
         Labels that every frame must have.  Frames with ``config_type=IsolatedAtom`` need an energy only.
+    finite
+        Refuse labels that are NaN or infinite.
 
     Returns
     -------
@@ -105,26 +108,56 @@ def read_labelled(
     if unknown:
         raise InputError(f"cannot require {sorted(unknown)}: labels are energy, forces and stress.")
     keys = {"energy": energy_key, "forces": forces_key, "stress": stress_key, "virials": virials_key}
-    frames = _read_file(Path(path), labelled=True)
-    return [_normalised(atoms, keys, require, f"{path}, frame {k}") for k, atoms in enumerate(frames)]
+    return normalised(read_for_labels(path), keys, require, str(path), finite=finite)
 
 
-def _normalised(atoms: Atoms, keys: dict[str, str], require: Sequence[Label], where: str) -> Atoms:
+def read_for_labels(path: str | Path) -> list[Atoms]:
+    """Read all frames as they are in the file, whose last line must be whole; see :func:`normalised`.
+
+    Raises
+    ------
+    InputError
+        If the file is missing, empty, truncated or not readable.
+    """
+    return _read_file(Path(path), labelled=True)
+
+
+def normalised(
+    frames: Iterable[Atoms],
+    keys: Mapping[str, str],
+    require: Sequence[Label],
+    name: str,
+    *,
+    finite: bool = True,
+) -> list[Atoms]:
+    """Bring the labels of frames to the ``REF_*`` names; see :func:`read_labelled`.
+
+    ``keys`` maps "energy", "forces", "stress" and "virials" to their names in the frames.
+    """
+    return [_normalised(a, keys, require, f"{name}, frame {k}", finite) for k, a in enumerate(frames)]
+
+
+def _normalised(
+    atoms: Atoms, keys: Mapping[str, str], require: Sequence[Label], where: str, finite: bool
+) -> Atoms:
     found = {label: _find(atoms, key) for label, key in keys.items()}
     isolated = is_isolated_atom(atoms)
     for label in ("energy",) if isolated else require:
         if found[label] is None and not (label == "stress" and found["virials"] is not None):
             raise InputError(_missing_label(atoms, label, keys[label], where))
     out = Atoms(atoms.numbers, atoms.positions, cell=atoms.cell, pbc=atoms.pbc)
-    out.info = {k: v for k, v in atoms.info.items() if k not in keys.values()}
+    # Labels under the REF names that were not asked for would be taken for those that were.
+    labels = {*keys.values(), ENERGY, FORCES, STRESS}
+    out.info = {k: v for k, v in atoms.info.items() if k not in labels}
     for name, array in atoms.arrays.items():
-        if name not in ("numbers", "positions", *keys.values()):
+        if name not in ("numbers", "positions", *labels):
             out.new_array(name, array)
     if found["energy"] is not None:
-        out.info[ENERGY] = float(_numbers(found["energy"], [(), (1,)], keys["energy"], where).reshape(()))
+        energy = _numbers(found["energy"], [(), (1,)], keys["energy"], where, finite)
+        out.info[ENERGY] = float(energy.reshape(()))
     if found["forces"] is not None:
-        out.new_array(FORCES, _numbers(found["forces"], [(len(atoms), 3)], keys["forces"], where))
-    stress = _stress(atoms, found, keys, where)
+        out.new_array(FORCES, _numbers(found["forces"], [(len(atoms), 3)], keys["forces"], where, finite))
+    stress = _stress(atoms, found, keys, where, finite)
     if stress is not None:
         out.info[STRESS] = stress
     elif "stress" in require and not isolated:
@@ -141,14 +174,17 @@ def _find(atoms: Atoms, key: str) -> Any:
     return (getattr(atoms.calc, "results", None) or {}).get(key)
 
 
-def _stress(atoms: Atoms, found: dict[str, Any], keys: dict[str, str], where: str) -> np.ndarray | None:
+def _stress(
+    atoms: Atoms, found: dict[str, Any], keys: Mapping[str, str], where: str, finite: bool
+) -> np.ndarray | None:
     if not atoms.pbc.any() or atoms.cell.rank < 3:
         return None
     shapes: list[tuple[int, ...]] = [(6,), (9,), (3, 3)]
     if found["stress"] is not None:
-        return full_to_voigt(_numbers(found["stress"], shapes, keys["stress"], where))
+        return full_to_voigt(_numbers(found["stress"], shapes, keys["stress"], where, finite))
     if found["virials"] is not None:
-        return -full_to_voigt(_numbers(found["virials"], shapes, keys["virials"], where)) / atoms.cell.volume
+        virials = _numbers(found["virials"], shapes, keys["virials"], where, finite)
+        return -full_to_voigt(virials) / atoms.cell.volume
     return None
 
 
@@ -160,8 +196,8 @@ def full_to_voigt(values: np.ndarray) -> np.ndarray:
     return np.array([0.5 * (tensor[i, j] + tensor[j, i]) for i, j in _VOIGT])
 
 
-def _numbers(value: Any, shapes: list[tuple[int, ...]], key: str, where: str) -> np.ndarray:
-    """Return the label as a float array; raise if it has none of the shapes or is not finite."""
+def _numbers(value: Any, shapes: list[tuple[int, ...]], key: str, where: str, finite: bool) -> np.ndarray:
+    """Return the label as a float array; raise if it has none of the shapes or is not ``finite``."""
     try:
         array = np.array(value, dtype=np.float64)
     except (TypeError, ValueError):
@@ -169,7 +205,7 @@ def _numbers(value: Any, shapes: list[tuple[int, ...]], key: str, where: str) ->
     if array.shape not in shapes:
         wanted = " or ".join(str(s) for s in shapes)
         raise InputError(f"{where}: label '{key}' has shape {array.shape}, expected {wanted}.")
-    if not np.isfinite(array).all():
+    if finite and not np.isfinite(array).all():
         raise InputError(
             f"{where}: label '{key}' holds NaN or infinite numbers; remove the frame or compute it again."
         )

@@ -33,11 +33,15 @@ class LabelledBatch:
     energies
         (S,) eV, float64.
     forces
-        (N, 3) eV/Angstrom.
+        (M, 3) eV/Angstrom of the M atoms of structures that have force labels.
     stresses
         (L, 6) eV/Angstrom^3 of the L structures that have a stress label, Voigt order.
     with_stress
         (L,) indices of these structures.
+    with_forces
+        (M,) indices of the atoms that have force labels; None if all have.
+    weights
+        (S, 3) weights of each structure's energy, forces and stress in the loss; None if all are one.
     """
 
     graph: GraphBatch
@@ -45,6 +49,8 @@ class LabelledBatch:
     forces: Tensor
     stresses: Tensor
     with_stress: Tensor
+    with_forces: Tensor | None = None
+    weights: Tensor | None = None
 
     def to(self, device: torch.device) -> LabelledBatch:
         """Return a copy on a device."""
@@ -54,7 +60,21 @@ class LabelledBatch:
             self.forces.to(device),
             self.stresses.to(device),
             self.with_stress.to(device),
+            None if self.with_forces is None else self.with_forces.to(device),
+            None if self.weights is None else self.weights.to(device),
         )
+
+    @property
+    def num_atoms(self) -> int:
+        """Atoms of all structures."""
+        return len(self.graph.species)
+
+    @property
+    def labelled_atoms(self) -> Tensor:
+        """(M,) indices of the atoms that have force labels."""
+        if self.with_forces is None:
+            return torch.arange(self.num_atoms, device=self.forces.device)
+        return self.with_forces
 
 
 @dataclass(frozen=True)
@@ -79,12 +99,30 @@ class Dataset:
         spec: ModelSpec,
         dtype: torch.dtype = torch.float32,
         name: str = "the training set",
+        *,
+        weights: NDArray[np.float64] | None = None,
+        need_forces: bool = True,
     ) -> Dataset:
         """Build the graphs of labelled frames.
 
         Energies (``info["REF_energy"]``, eV) and forces (``arrays["REF_forces"]``, eV/Angstrom) are
         needed; stresses (``info["REF_stress"]``, eV/Angstrom^3, Voigt or 3 x 3) are used where they
         exist and the frame has a periodic cell.
+
+        Parameters
+        ----------
+        frames
+            The structures.
+        spec
+            Gives species and cutoff.
+        dtype
+            Of edge vectors, forces and stresses.
+        name
+            What the frames are, for messages.
+        weights
+            (frames, 3) weights of energy, forces and stress of each frame in the loss.
+        need_forces
+            Refuse frames without forces; else their energies alone are used.
 
         Raises
         ------
@@ -101,13 +139,14 @@ class Dataset:
                 graph = build_graph(atoms, spec, dtype)
             except InputError as error:
                 raise type(error)(f"{where}: {error}") from error
-            structures.append(_labelled(atoms, graph, dtype, where))
+            own = None if weights is None else torch.as_tensor(weights[k : k + 1], dtype=torch.float64)
+            structures.append(replace(_labelled(atoms, graph, dtype, where, need_forces), weights=own))
         return cls(tuple(structures), spec.species)
 
     @property
     def num_atoms(self) -> int:
         """Atoms of all structures."""
-        return sum(len(s.forces) for s in self.structures)
+        return sum(s.num_atoms for s in self.structures)
 
     @property
     def num_edges(self) -> int:
@@ -146,19 +185,43 @@ class Dataset:
             torch.cat([p.forces for p in parts]),
             torch.cat([p.stresses for p in parts]),
             torch.cat([p.with_stress + k for k, p in enumerate(parts)]),
+            _with_forces(parts),
+            _weights(parts),
         )
 
 
-def _labelled(atoms: Atoms, graph: GraphBatch, dtype: torch.dtype, where: str) -> LabelledBatch:
+def _with_forces(parts: Sequence[LabelledBatch]) -> Tensor | None:
+    """Indices of the atoms with force labels in the joined batch."""
+    if all(p.with_forces is None for p in parts):
+        return None
+    starts = np.cumsum([0, *(p.num_atoms for p in parts)])
+    return torch.cat([p.labelled_atoms + int(a) for p, a in zip(parts, starts, strict=False)])
+
+
+def _weights(parts: Sequence[LabelledBatch]) -> Tensor | None:
+    """Weights in the joined batch."""
+    if all(p.weights is None for p in parts):
+        return None
+    one = torch.ones(1, 3, dtype=torch.float64)
+    return torch.cat([one if p.weights is None else p.weights for p in parts])
+
+
+def _labelled(
+    atoms: Atoms, graph: GraphBatch, dtype: torch.dtype, where: str, need_forces: bool
+) -> LabelledBatch:
     """Attach the labels of one frame to its graph."""
     for key, holder in ((ENERGY, atoms.info), (FORCES, atoms.arrays)):
-        if holder.get(key) is None:
+        if holder.get(key) is None and (need_forces or key == ENERGY):
             raise InputError(
                 f"{where} has no {key}. Label the frames with the teacher ('compactmlip label'), or "
                 "rename the labels of your own data."
             )
     energy = _numbers(atoms.info[ENERGY], (), f"{where}: {ENERGY}")
-    forces = _numbers(atoms.arrays[FORCES], (len(atoms), 3), f"{where}: {FORCES}")
+    with_forces = None
+    if FORCES in atoms.arrays:
+        forces = _numbers(atoms.arrays[FORCES], (len(atoms), 3), f"{where}: {FORCES}")
+    else:
+        forces, with_forces = np.zeros((0, 3)), torch.zeros(0, dtype=torch.long)
     stress = atoms.info.get(STRESS)
     if stress is None or bool(graph.volumes.isnan().any()):
         graph = replace(graph, volumes=torch.ones_like(graph.volumes))
@@ -174,6 +237,7 @@ def _labelled(atoms: Atoms, graph: GraphBatch, dtype: torch.dtype, where: str) -
         torch.as_tensor(forces, dtype=dtype),
         torch.as_tensor(voigt, dtype=dtype),
         torch.zeros(len(voigt), dtype=torch.long),
+        with_forces,
     )
 
 

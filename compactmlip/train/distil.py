@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from ase import Atoms
@@ -114,19 +115,38 @@ def _finish(
     """Save the best weights, with what was done to them."""
     counters = state.counters
     assert counters.stopped is not None
+    best = best_model(state)
+    errors = evaluate(best, valid)
+    record_training(best, "distil", state, options, len(train.structures), len(valid.structures), errors)
+    checkpoint.save(best, folder.path / BEST_FILE)
+    return DistilResult(best, counters.history, counters.best_epoch, counters.stopped, errors)
+
+
+def best_model(state: TrainingState) -> nn.Module:
+    """Copy of the model with the averaged weights of the lowest validation loss."""
     best = copy.deepcopy(state.average.model)
     with torch.no_grad():
         for name, parameter in best.named_parameters():
             parameter.copy_(state.best[name])
-    best.requires_grad_(True)
-    errors = evaluate(best, valid)
+    return best.requires_grad_(True)
+
+
+def record_training(
+    model: nn.Module,
+    action: str,
+    state: TrainingState,
+    options: TrainOptions,
+    train_frames: int,
+    valid_frames: int,
+    errors: Errors,
+    **more: Any,
+) -> None:
+    """Write a training into the provenance of its result."""
     done = {
-        "train_frames": len(train.structures),
-        "valid_frames": len(valid.structures),
-        "best_epoch": counters.best_epoch,
-        "stopped_because": counters.stopped,
+        "train_frames": train_frames,
+        "valid_frames": valid_frames,
+        "best_epoch": state.counters.best_epoch,
+        "stopped_because": state.counters.stopped,
         "valid_errors": errors.row(),
     }
-    record_step(best, "distil", **options.model_dump(mode="json"), **done)
-    checkpoint.save(best, folder.path / BEST_FILE)
-    return DistilResult(best, counters.history, counters.best_epoch, counters.stopped, errors)
+    record_step(model, action, **options.model_dump(mode="json"), **done, **more)

@@ -22,16 +22,28 @@ from compactmlip.train.state import RunFolder, TrainingState
 CHECK_EVERY = 16
 """Steps between looks at the loss: each look waits for the device."""
 
+SMALLEST_FINAL = 1e-4
+"""Smallest last learning rate over the peak of an exponential schedule."""
+
 TRAINING_COST, VALIDATION_SHARE = 5.0, 0.1
 """Cost of a training step over an evaluation; share of the time that validations may take."""
 
 
 def learning_rate(fraction: float, options: TrainOptions) -> float:
-    """Learning rate when ``fraction`` (0 to 1) of the budget is used: linear warm-up, then cosine."""
+    """Learning rate when ``fraction`` (0 to 1) of the budget is used: linear warm-up, then the schedule.
+
+    Cosine and linear schedules end at ``final_lr`` times the peak, as does an exponential one, in which the
+    rate falls by equal factors in equal times.
+    """
     if fraction < options.warmup:
         return options.lr * max(fraction / options.warmup, options.final_lr)
     phase = min((fraction - options.warmup) / (1 - options.warmup), 1.0)
-    return options.lr * (options.final_lr + (1 - options.final_lr) * 0.5 * (1 + math.cos(math.pi * phase)))
+    if options.schedule == "constant":
+        return options.lr
+    if options.schedule == "exponential":
+        return options.lr * max(options.final_lr, SMALLEST_FINAL) ** phase
+    left = 1 - phase if options.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * phase))
+    return options.lr * (options.final_lr + (1 - options.final_lr) * left)
 
 
 def fit(
@@ -139,7 +151,7 @@ class _Run:
         while now.batch < len(self.plan) and self.used() < 1:
             batch = self.train.batch(self.plan[now.batch]).to(self.device)
             self.step(batch, learning_rate(self.used(), self.options) * now.lr_factor)
-            meter.atoms += len(batch.forces)
+            meter.atoms += batch.num_atoms
             if now.batch % CHECK_EVERY == 0 and not self.look(meter):
                 return False
         if not self.look(meter):

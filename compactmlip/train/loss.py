@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +12,9 @@ from torch.nn.functional import huber_loss
 from compactmlip.data.graph import energy_and_derivatives
 from compactmlip.train.dataset import VOIGT, LabelledBatch
 from compactmlip.train.options import TrainOptions
+
+UNIVERSAL_SIZES, UNIVERSAL_FACTORS = (100.0, 200.0, 300.0), (1.0, 0.7, 0.4, 0.1)
+"""Force labels (eV/Angstrom) from which the universal loss uses the next factor of delta."""
 
 NodeEnergy = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
@@ -25,14 +28,20 @@ class Residuals:
     energies
         (S,) eV/atom, float64.
     forces
-        (N, 3) eV/Angstrom.
+        (M, 3) eV/Angstrom, of the atoms that have a force label.
     stresses
         (L, 6) eV/Angstrom^3, Voigt order, of the structures that have a stress label.
+    weights
+        (S,), (M,) and (L,) weights of the rows of the three in the loss; None if all are one.
+    sizes
+        (M,) absolute values of the force labels, eV/Angstrom; None if they are not known.
     """
 
     energies: Tensor
     forces: Tensor
     stresses: Tensor
+    weights: tuple[Tensor, Tensor, Tensor] | None = None
+    sizes: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -60,29 +69,77 @@ def residuals(model: NodeEnergy, batch: LabelledBatch, *, create_graph: bool = F
     """
     found = energy_and_derivatives(model, batch.graph, create_graph=create_graph)
     stresses = found.stresses.index_select(0, batch.with_stress)[:, VOIGT[0], VOIGT[1]]
+    forces, structure = found.forces, batch.graph.structure
+    if batch.with_forces is not None:
+        forces, structure = forces.index_select(0, batch.with_forces), structure[batch.with_forces]
+    weights = batch.weights
     return Residuals(
         (found.energies - batch.energies) / batch.graph.num_atoms,
-        found.forces - batch.forces,
+        forces - batch.forces,
         stresses - batch.stresses,
+        None if weights is None else (weights[:, 0], weights[structure, 1], weights[batch.with_stress, 2]),
+        batch.forces.norm(dim=1),
+    )
+
+
+def joined(parts: Sequence[Residuals]) -> Residuals:
+    """Residuals of several batches as one, on the CPU."""
+    weighted = any(p.weights is not None for p in parts)
+    rows = [p.weights or tuple(x.new_ones(len(x)) for x in (p.energies, p.forces, p.stresses)) for p in parts]
+    columns = [torch.cat([row[k].double() for row in rows]).cpu() for k in range(3)]
+    return Residuals(
+        torch.cat([p.energies for p in parts]).cpu(),
+        torch.cat([p.forces for p in parts]).cpu(),
+        torch.cat([p.stresses for p in parts]).cpu(),
+        (columns[0], columns[1], columns[2]) if weighted else None,
+        None
+        if any(p.sizes is None for p in parts)
+        else torch.cat([p.sizes for p in parts if p.sizes is not None]).cpu(),
     )
 
 
 def loss_terms(errors: Residuals, options: TrainOptions) -> LossTerms:
-    """Weighted Huber losses of a batch.
+    """Weighted losses of a batch.
 
-    Each error x enters as h(x / delta), with h(u) = u^2 / 2 for abs(u) < 1 and abs(u) - 1/2 beyond
-    (Huber 1964): delta is both the unit of the quantity and the error beyond which outliers count
-    linearly.  Energies are averaged over structures, forces and stresses over components.
+    Each error x enters as h(x / delta).  With ``loss="huber"``, h(u) = u^2 / 2 for abs(u) < 1 and
+    abs(u) - 1/2 beyond (Huber 1964): delta is both the unit of the quantity and the error beyond which
+    outliers count linearly.  "universal" lets the linear part begin earlier for large forces, at 0.7, 0.4
+    and 0.1 delta where the label is above 100, 200 and 300 eV/Angstrom (Batatia et al.,
+    arXiv:2401.00096).  "mse" is u^2 / 2 everywhere.  Energies are averaged over structures, forces and
+    stresses over components; a structure's own weights multiply its part of these sums.
     """
 
-    def term(x: Tensor, delta: float, weight: float) -> Tensor:
+    def term(k: int, x: Tensor, delta: float, weight: float) -> Tensor:
         if weight == 0 or x.numel() == 0:
             return 0.0 * x.sum().to(torch.float64)
         unit = x / delta
-        return weight * huber_loss(unit, torch.zeros_like(unit)).to(torch.float64)
+        universal = k == 1 and options.loss == "universal" and errors.sizes is not None
+        if options.loss == "huber" and errors.weights is None:
+            return weight * huber_loss(unit, torch.zeros_like(unit)).to(torch.float64)
+        if options.loss == "mse":
+            each = 0.5 * unit.square()
+        elif universal and errors.sizes is not None:
+            each = _huber(unit, _linear_from(errors.sizes).to(unit.dtype)[:, None])
+        else:
+            each = huber_loss(unit, torch.zeros_like(unit), reduction="none")
+        each = each.to(torch.float64)
+        if errors.weights is not None:
+            each = each.reshape(len(each), -1) * errors.weights[k][:, None]
+        return weight * each.mean()
 
     return LossTerms(
-        term(errors.energies, options.energy_delta, options.energy_weight),
-        term(errors.forces, options.forces_delta, options.forces_weight),
-        term(errors.stresses, options.stress_delta, options.stress_weight),
+        term(0, errors.energies, options.energy_delta, options.energy_weight),
+        term(1, errors.forces, options.forces_delta, options.forces_weight),
+        term(2, errors.stresses, options.stress_delta, options.stress_weight),
     )
+
+
+def _huber(x: Tensor, delta: Tensor) -> Tensor:
+    size = x.abs()
+    return torch.where(size < delta, 0.5 * x.square(), delta * (size - 0.5 * delta))
+
+
+def _linear_from(sizes: Tensor) -> Tensor:
+    """Share of delta at which the universal loss turns linear, by the size of the force label."""
+    factors = sizes.new_tensor(UNIVERSAL_FACTORS)
+    return factors[torch.bucketize(sizes, sizes.new_tensor(UNIVERSAL_SIZES), right=True)]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from compactmlip.train.dataset import Dataset
-from compactmlip.train.loss import Residuals, residuals
+from compactmlip.train.loss import Residuals, joined, residuals
 
 EVALUATION_ATOMS, EVALUATION_EDGES = 64, 2000
 """Batch size of evaluations; small enough for the cache."""
@@ -87,17 +87,13 @@ def dataset_residuals(
         found = residuals(model, dataset.batch(indices).to(device))
         parts.append(found)
         if on_batch is not None:
-            on_batch(len(found.forces))
-    return Residuals(
-        torch.cat([p.energies for p in parts]).cpu(),
-        torch.cat([p.forces for p in parts]).cpu(),
-        torch.cat([p.stresses for p in parts]).cpu(),
-    )
+            on_batch(sum(dataset.structures[k].num_atoms for k in indices))
+    return joined(parts)
 
 
 def summarise(found: Residuals, dataset: Dataset) -> Errors:
     """Statistics of the residuals of all structures of a data set."""
-    species = torch.cat([s.graph.species for s in dataset.structures])
+    species = torch.cat([s.graph.species[s.labelled_atoms] for s in dataset.structures])
     by_species = {
         symbol: Error.of(found.forces[species == k])
         for k, symbol in enumerate(dataset.species)

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from compactmlip.errors import InputError
 from compactmlip.spec import DTypeName
 
-BOOKKEEPING = frozenset({"checkpoint_minutes"})
-"""Options that do not change the result: a run may be resumed with others."""
+Schedule = Literal["cosine", "linear", "exponential", "constant"]
+Loss = Literal["huber", "universal", "mse"]
+
+BOOKKEEPING = frozenset({"checkpoint_minutes", "labels", "accept", "drop", "forgetting_structures"})
+"""Options that do not change the training (what they do to the frames shows in the frames): a run may be
+resumed with others."""
 
 
 class TrainOptions(BaseModel):
     """How to train.
 
-    The learning rate rises linearly during the warm-up, then falls along a cosine.  Both follow the
+    The learning rate rises linearly during the warm-up, then falls along the schedule.  Both follow the
     fraction of the budget that is used: of ``max_epochs``, or of ``max_minutes`` of wall-clock time
     (validation included, over all resumed parts), whichever is further.
     """
@@ -24,6 +28,7 @@ class TrainOptions(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     lr: float = Field(default=5e-3, gt=0, description="peak learning rate; weights are of order one")
+    schedule: Schedule = Field(default="cosine", description="cosine, linear, exponential or constant")
     warmup: float = Field(default=0.02, ge=0, lt=1, description="share of the budget to reach the peak")
     final_lr: float = Field(default=0.01, ge=0, le=1, description="last learning rate over the peak")
     weight_decay: float = Field(default=0.0, ge=0, description="decoupled weight decay (AdamW)")
@@ -39,6 +44,7 @@ class TrainOptions(BaseModel):
         default=None, ge=1, description="stop after so many epochs without a better validation loss"
     )
 
+    loss: Loss = Field(default="huber", description="huber, universal (MACE-MP's) or mse")
     energy_weight: float = Field(default=1.0, ge=0, description="weight of the energy term")
     forces_weight: float = Field(default=1.0, ge=0, description="weight of the force term")
     stress_weight: float = Field(default=0.2, ge=0, description="weight of the stress term")

@@ -233,6 +233,7 @@ def fingerprint(model: nn.Module, datasets: Sequence[Dataset], options: TrainOpt
         for s in dataset.structures:
             graph = (s.graph.species, s.graph.centers, s.graph.neighbors, s.graph.vectors, s.graph.volumes)
             tensors += [*graph, s.energies, s.forces, s.stresses]
+            tensors += [t for t in (s.with_forces, s.weights) if t is not None]
     for tensor in tensors:
         digest.update(str(tuple(tensor.shape)).encode())
         digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())

@@ -250,6 +250,17 @@ def test_schedule() -> None:
     assert loop.learning_rate(1.0, plan) == loop.learning_rate(1.5, plan) == pytest.approx(0.02)
 
 
+@pytest.mark.parametrize(
+    ("schedule", "middle", "end"), [("linear", 0.505, 0.01), ("exponential", 0.1, 0.01), ("constant", 1, 1)]
+)
+def test_other_schedules(schedule: Any, middle: float, end: float) -> None:
+    plan = TrainOptions(lr=2.0, warmup=0.1, final_lr=0.01, schedule=schedule)
+    assert loop.learning_rate(0.05, plan) == pytest.approx(1.0)
+    assert loop.learning_rate(0.1, plan) == pytest.approx(2.0)
+    assert loop.learning_rate(0.55, plan) == pytest.approx(2.0 * middle)
+    assert loop.learning_rate(1.0, plan) == pytest.approx(2.0 * end)
+
+
 def test_nan_goes_back_with_half_the_learning_rate(
     train: Callable[..., DistilResult], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -190,3 +190,57 @@ def test_average_follows_its_formula() -> None:
         decay = min(0.2, step / (step + 10))
         expected = decay * expected + (1 - decay) * value
         assert float(average.model.weight) == pytest.approx(expected, rel=1e-6)
+
+
+def test_universal_and_squared_losses() -> None:
+    energies, stresses = torch.zeros(1, dtype=torch.float64), torch.zeros(0, 6)
+    forces = torch.tensor([[0.03, 0.0, 0.0], [0.03, 0.0, 0.0], [0.0, -0.002, 0.0], [0.03, 0.0, 0.0]])
+    sizes = torch.tensor([1.0, 150.0, 250.0, 1000.0])
+    errors = Residuals(energies, forces, stresses, sizes=sizes)
+    settings = {"forces_delta": 0.01, "forces_weight": 2.0}
+    found = loss_terms(errors, TrainOptions(loss="universal", **settings)).forces
+
+    def part(u: float, delta: float) -> float:
+        return u * u / 2 if u < delta else delta * (u - delta / 2)
+
+    parts = (part(3.0, 1.0), part(3.0, 0.7), part(0.2, 0.4), part(3.0, 0.1))
+    assert float(found) == pytest.approx(2.0 * sum(parts) / 12)
+    found = loss_terms(errors, TrainOptions(loss="mse", **settings)).forces
+    assert float(found) == pytest.approx(2.0 * (3 * 4.5 + 0.02) / 12)
+
+
+@pytest.mark.parametrize("kind", ["huber", "universal", "mse"])
+def test_weights_of_structures_multiply_their_parts(
+    student: nn.Module, frames: list[Atoms], kind: str
+) -> None:
+    options = TrainOptions(loss=kind)
+    plain = dataset(frames[:3], student.spec)
+    single = [loss_terms(residuals(student, plain.batch([k])), options) for k in range(3)]
+    factors = np.array([[1.0, 2.0, 3.0], [0.0, 0.5, 1.0], [2.0, 1.0, 0.0]])
+    weighted = Dataset.from_frames(frames[:3], student.spec, torch.float64, weights=factors)
+    found = loss_terms(residuals(student, weighted.batch(range(3))), options)
+    atoms = [len(a) for a in frames[:3]]
+    for name, column, sizes in (("energy", 0, [1, 1, 1]), ("forces", 1, atoms), ("stress", 2, [1, 1, 1])):
+        parts = [
+            float(getattr(single[k], name).detach()) * factors[k, column] * n for k, n in enumerate(sizes)
+        ]
+        assert float(getattr(found, name).detach()) == pytest.approx(sum(parts) / sum(sizes), rel=1e-12)
+    # One structure with weights among others without: these count once.
+    mixed = Dataset((plain.structures[0], weighted.structures[1]), plain.species)
+    assert mixed.batch([0, 1]).weights.tolist() == [[1.0, 1.0, 1.0], [0.0, 0.5, 1.0]]
+
+
+def test_structures_without_forces_count_by_their_energies(student: nn.Module, frames: list[Atoms]) -> None:
+    bare = frames[1].copy()
+    del bare.arrays["REF_forces"]
+    with pytest.raises(InputError, match="REF_forces"):
+        dataset([bare], student.spec)
+    mixed = Dataset.from_frames([frames[0], bare, frames[2]], student.spec, torch.float64, need_forces=False)
+    whole = dataset([frames[0], frames[1], frames[2]], student.spec)
+    found, expected = (residuals(student, d.batch(range(3))) for d in (mixed, whole))
+    torch.testing.assert_close(found.energies, expected.energies)
+    n, m = len(frames[0]), len(frames[1])
+    torch.testing.assert_close(found.forces, torch.cat([expected.forces[:n], expected.forces[n + m :]]))
+    errors = evaluate(student, mixed)
+    assert errors.forces.mae == pytest.approx(1e3 * float(found.forces.abs().mean()))
+    assert mixed.num_atoms == whole.num_atoms

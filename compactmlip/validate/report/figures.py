@@ -64,7 +64,7 @@ STYLE = {
 }
 
 
-def _styled(draw: Callable[P, str]) -> Callable[P, str]:
+def styled(draw: Callable[P, str]) -> Callable[P, str]:
     """Draw with the report's style, which does not leak into the caller's matplotlib."""
 
     @functools.wraps(draw)
@@ -78,7 +78,7 @@ def _styled(draw: Callable[P, str]) -> Callable[P, str]:
     return wrapped
 
 
-@_styled
+@styled
 def energy_figure(frames: Sequence[Atoms], reference: Labels, predicted: Labels) -> str:
     """Energy per atom, model against reference, and the error below."""
     sizes = np.array([len(a) for a in frames])
@@ -93,7 +93,7 @@ def energy_figure(frames: Sequence[Atoms], reference: Labels, predicted: Labels)
     )
 
 
-@_styled
+@styled
 def forces_figure(frames: Sequence[Atoms], reference: Labels, predicted: Labels) -> str:
     """Force components by species, model against reference, and the error below."""
     symbols = np.array([s for a in frames for s in a.get_chemical_symbols()])
@@ -108,7 +108,7 @@ def forces_figure(frames: Sequence[Atoms], reference: Labels, predicted: Labels)
     )
 
 
-@_styled
+@styled
 def stress_figure(reference: Labels, predicted: Labels) -> str:
     """Stress components in GPa, model against reference, and the error below."""
     known = np.isfinite(reference.stresses).all(axis=1)
@@ -126,21 +126,21 @@ def stress_figure(reference: Labels, predicted: Labels) -> str:
     )
 
 
-@_styled
+@styled
 def nve_figure(
     trace: Trace, summary: NVESummary, teacher: Trace | None, teacher_summary: NVESummary | None
 ) -> str:
     """Change of the total energy, fitted trend, and temperature, of model and teacher."""
-    figure, (top, bottom) = _panels((6.6, 4.1), (2, 1.25))
+    figure, (top, bottom) = make_panels((6.6, 4.1), (2, 1.25))
     start = round(TRANSIENT_FRACTION * len(trace.time_ps))
     if len(trace.time_ps):
         per_atom = (trace.total - trace.total[start:].mean()) / summary.atoms * MILLI
-        _line(top, trace.time_ps, per_atom, MODEL, "model", 0.9)
-        _line(bottom, trace.time_ps, trace.temperature_K, MODEL, "model", 0.9)
+        draw_line(top, trace.time_ps, per_atom, MODEL, "model", 0.9)
+        draw_line(bottom, trace.time_ps, trace.temperature_K, MODEL, "model", 0.9)
     if teacher is not None and teacher_summary is not None:
         shift = teacher.total - teacher.total.mean()
-        _line(top, teacher.time_ps, shift / teacher_summary.atoms * MILLI, TEACHER, "teacher", 1.2)
-        _line(bottom, teacher.time_ps, teacher.temperature_K, TEACHER, "teacher", 1.2)
+        draw_line(top, teacher.time_ps, shift / teacher_summary.atoms * MILLI, TEACHER, "teacher", 1.2)
+        draw_line(bottom, teacher.time_ps, teacher.temperature_K, TEACHER, "teacher", 1.2)
     if summary.drift is not None:
         times = trace.time_ps[start:]
         trend = summary.drift.slope * (times - times.mean())
@@ -153,10 +153,10 @@ def nve_figure(
     if top.get_legend_handles_labels()[0]:
         top.legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncols=3, borderaxespad=0.2)
     title = f"Total energy per atom and temperature over {summary.steps} steps without thermostat."
-    return _svg(figure, "nve", title)
+    return render_svg(figure, "nve", title)
 
 
-@_styled
+@styled
 def speed_figure(rows: Sequence[Speed]) -> str:
     """Atoms per second of model and teacher for each size."""
     from matplotlib.figure import Figure
@@ -177,7 +177,7 @@ def speed_figure(rows: Sequence[Speed]) -> str:
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.set_xlim(0, 1.42 * fastest)
     axes.set_xlabel("energies and forces (atoms/s)")
-    return _svg(figure, "speed", "Atoms per second of model and teacher by system size.")
+    return render_svg(figure, "speed", "Atoms per second of model and teacher by system size.")
 
 
 def _parity_figure(
@@ -188,7 +188,7 @@ def _parity_figure(
     title: str,
 ) -> str:
     """Parity above, error below on the same x axis; groups are (label, reference, predicted)."""
-    figure, (top, bottom) = _panels((4.2, 4.6), (3, 1.2))
+    figure, (top, bottom) = make_panels((4.2, 4.6), (3, 1.2))
     both = np.concatenate([np.concatenate((x, y[np.isfinite(y)])) for _, x, y in groups])
     low, high = float(both.min()), float(both.max())
     margin = 0.05 * (high - low) or 1.0
@@ -216,10 +216,10 @@ def _parity_figure(
     bottom.set_ylabel(labels[2])
     if any(label for label, _, _ in groups):
         top.legend(loc="upper left", markerscale=1.8, handletextpad=0.2, ncols=1 + len(groups) // 6)
-    return _svg(figure, name, title)
+    return render_svg(figure, name, title)
 
 
-def _panels(size: tuple[float, float], heights: tuple[float, float]) -> tuple[Figure, tuple[Axes, Axes]]:
+def make_panels(size: tuple[float, float], heights: tuple[float, float]) -> tuple[Figure, tuple[Axes, Axes]]:
     """Two axes above each other that share x."""
     from matplotlib.figure import Figure
 
@@ -231,12 +231,13 @@ def _panels(size: tuple[float, float], heights: tuple[float, float]) -> tuple[Fi
     return figure, (top, bottom)
 
 
-def _line(axes: Axes, x: Array, y: Array, colour: str, label: str, width: float) -> None:
+def draw_line(axes: Axes, x: Array, y: Array, colour: str, label: str, width: float) -> None:
+    """Draw a line, thinned where it has more points than can be seen."""
     stride = max(1, -(-len(x) // MAX_POINTS))
     axes.plot(x[::stride], y[::stride], color=colour, linewidth=width, label=label)
 
 
-def _svg(figure: Figure, name: str, title: str) -> str:
+def render_svg(figure: Figure, name: str, title: str) -> str:
     """Render, with unique ids, the page's ink, and a description for screen readers."""
     from matplotlib import rc_context
 

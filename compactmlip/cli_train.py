@@ -1,0 +1,159 @@
+"""Commands that train on the user's own labels; see :mod:`compactmlip.cli`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from compactmlip.cli_types import (
+    AcceptLicence,
+    AsJSON,
+    Config,
+    Device,
+    Keys,
+    Modality,
+    Output,
+    Seed,
+    Settings,
+    print_result,
+)
+from compactmlip.errors import InputError
+
+_Labelled = Annotated[
+    list[Path], typer.Option("--train", help="Labelled structures, anything that ASE reads.")
+]
+_Some = list[Path] | None
+
+
+def finetune(
+    model: Annotated[str, typer.Argument(help="Name (see 'compactmlip models') or file of the parent.")],
+    train: _Labelled,
+    valid: Annotated[_Some, typer.Option(help="Validation set; else part of --train is held out.")] = None,
+    test: Annotated[_Some, typer.Option(help="Test set, for the report only.")] = None,
+    replay: Annotated[
+        _Some, typer.Option(help="Structures on which the parent should not be forgotten, for the report.")
+    ] = None,
+    output: Output = None,
+    minutes: Annotated[float | None, typer.Option(help="Wall-clock budget of the training.")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Passes over the training structures.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
+    e0: Annotated[
+        str | None,
+        typer.Option(help="auto, isolated, least-squares, parent, or energies such as Si=-0.8,O=-1.5 (eV)."),
+    ] = None,
+    energy_key: Keys = None,
+    forces_key: Keys = None,
+    stress_key: Keys = None,
+    virials_key: Keys = None,
+    energy_unit: Annotated[str | None, typer.Option(help="eV, Hartree, kcal/mol, ...")] = None,
+    forces_unit: Annotated[str | None, typer.Option(help="eV/Angstrom, Hartree/Bohr, ...")] = None,
+    stress_unit: Annotated[str | None, typer.Option(help="eV/Angstrom^3, GPa, kbar, ...")] = None,
+    keep_species: Annotated[
+        str | None, typer.Option(help="Species to keep beyond those in the data, for instance Mg,O; or all.")
+    ] = None,
+    freeze: Annotated[
+        list[str] | None, typer.Option(help="Parameters that are not trained, for instance 'layers.0'.")
+    ] = None,
+    lora: Annotated[int | None, typer.Option(help="Train updates of this rank; merged at the end.")] = None,
+    group_key: Annotated[
+        str | None, typer.Option(help="info key of frames that are held out together.")
+    ] = None,
+    accept: Annotated[list[str] | None, typer.Option(help="Finding about the data to go on with.")] = None,
+    drop: Annotated[list[str] | None, typer.Option(help="Finding whose frames are left out.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32 or float64.")] = None,
+    modality: Modality = None,
+    accept_licence: AcceptLicence = None,
+    device: Device = "cpu",
+    seed: Seed = None,
+    config: Config = None,
+    settings: Settings = None,
+    as_json: AsJSON = False,
+) -> None:
+    """Train a model on your own labels, starting exactly where it is; continues after an interruption."""
+    from compactmlip.config import resolve
+    from compactmlip.finetune import FinetuneFiles, finetune_files
+    from compactmlip.train.finetune_options import FinetuneOptions
+
+    given: dict[str, Any] = {
+        "max_minutes": minutes,
+        "max_epochs": epochs,
+        "lr": lr,
+        "e0": _energies(e0),
+        "labels__energy_key": energy_key,
+        "labels__forces_key": forces_key,
+        "labels__stress_key": stress_key,
+        "labels__virials_key": virials_key,
+        "labels__energy_unit": energy_unit,
+        "labels__forces_unit": forces_unit,
+        "labels__stress_unit": stress_unit,
+        "keep_species": None
+        if keep_species is None
+        else [s.strip() for s in keep_species.split(",") if s.strip()],
+        "freeze": freeze or None,
+        "lora_rank": lora,
+        "group_key": group_key,
+        "accept": accept or None,
+        "drop": drop or None,
+        "dtype": dtype,
+        "seed": seed,
+    }
+    if minutes is not None and epochs is None:
+        settings = ["max_epochs=null", *(settings or [])]
+    options = resolve(FinetuneOptions, config, settings or [], **given)
+    folder = output or Path("compactmlip-finetuned")
+    summary = finetune_files(
+        model,
+        FinetuneFiles(train, valid or (), test or (), replay or ()),
+        options,
+        folder,
+        modality=modality,
+        accept_licence=accept_licence,
+        device=device,
+        progress=not as_json,
+        say=lambda text: print(text, file=sys.stderr if as_json else sys.stdout, flush=True),
+    )
+    _print(summary, folder, as_json)
+
+
+def _energies(text: str | None) -> Any:
+    """A word, or energies by species."""
+    if text is None or "=" not in text:
+        return text
+    try:
+        return {s.strip(): float(x) for s, x in (pair.split("=") for pair in text.split(","))}
+    except ValueError:
+        raise InputError(f"--e0 {text}: expected energies such as Si=-0.8,O=-1.5 (eV).") from None
+
+
+def _print(summary: dict[str, Any], folder: Path, as_json: bool) -> None:
+    lines = []
+    values: dict[str, Any] = {"output": folder / "model.safetensors", "report": folder / "report.html"}
+    for name, errors in summary["sets"].items():
+        before, after = errors["before"], errors["after"]
+        lines.append(
+            f"{name}: energy {before['energy']['mae']:.3g} -> {after['energy']['mae']:.3g} meV/atom, "
+            f"forces {_mae(before)} -> {_mae(after)} meV/A"
+        )
+        values[name] = {
+            f"{quantity}_mae_{when}": found[quantity]["mae"]
+            for when, found in (("before", before), ("after", after))
+            for quantity in ("energy", "forces", "stress")
+        }
+    for kind in summary["forgetting"]:
+        found = kind["errors"]
+        lines.append(
+            f"against the parent, {kind['name']}: energy {found['energy']['mae']:.3g} meV/atom, forces "
+            f"{found['forces']['mae']:.3g} of {kind['mean_force']:.3g} meV/A"
+        )
+    lines.append(
+        f"wrote {folder / 'model.safetensors'} (best epoch {summary['best_epoch']}); see {values['report']}"
+    )
+    print_result(as_json, "\n".join(lines), **values)
+
+
+def _mae(errors: dict[str, Any]) -> str:
+    mae = errors["forces"]["mae"]
+    return "-" if mae is None else f"{mae:.3g}"
