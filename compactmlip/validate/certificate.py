@@ -17,6 +17,7 @@ from compactmlip.validate.checks import Check, Verdict
 from compactmlip.validate.consistency import Consistency
 from compactmlip.validate.nve import NVESummary
 from compactmlip.validate.parity import ParityReport
+from compactmlip.validate.short_range import Approach
 from compactmlip.validate.speed import Machine, Speed
 
 SCHEMA_VERSION: Literal[1] = 1
@@ -85,6 +86,7 @@ class Certificate(_Frozen):
     consistency: Consistency
     nve: NVESummary
     teacher_nve: NVESummary | None = None
+    short_range: tuple[Approach, ...] = ()
     speed: tuple[Speed, ...] = ()
     stages: tuple[Stage, ...] = ()
     machine: Machine

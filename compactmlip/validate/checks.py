@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict
 from compactmlip.validate.consistency import Consistency
 from compactmlip.validate.nve import NVESummary
 from compactmlip.validate.parity import ParityReport
+from compactmlip.validate.short_range import Approach, safe_temperature
 
 Verdict = Literal["pass", "warn", "fail"]
 
@@ -73,6 +74,12 @@ class Thresholds(_Frozen):
         bad=0.1,
         reason="RMS of the total over the kinetic energy. In velocity Verlet it is (ω dt)^2/4 for a "
         "vibration of frequency ω: 0.025 is 20 steps per period, 0.1 is 10. Noise adds to it.",
+    )
+    short_range: Limit = Limit(
+        good=0.5,
+        bad=1.0,
+        reason="The temperature over that at which a collapse becomes likely: where the lowest barrier is "
+        "25 kB T, ten thousand pairs collapse once in some hundred nanoseconds.",
     )
 
 
@@ -174,6 +181,24 @@ def nve_checks(run: NVESummary, limits: Thresholds) -> list[Check]:
         ),
         _limited("energy fluctuation (NVE)", drift.fluctuation_ratio, "of kinetic", limits.nve_fluctuation),
     ]
+
+
+def short_range_checks(found: Sequence[Approach], temperature_K: float, limits: Thresholds) -> list[Check]:
+    """Judge what keeps atoms apart, by the pair with the lowest barrier; nothing without pairs."""
+    if not found:
+        return []
+    worst = min(found, key=lambda a: a.barrier)
+    safe = safe_temperature(worst.barrier)
+    text = (
+        f"{worst.pair}: {worst.barrier:.2g} eV, enough up to about {safe:.0f} K. {limits.short_range.reason}"
+    )
+    if worst.hole is not None:
+        text = f"The energy of {worst.pair} falls below {worst.hole:.2f} A. {text}"
+        if worst.teacher_hole is not None:
+            text += f" The teacher has such a hole too, behind {worst.teacher_barrier:.2g} eV."
+    limit = limits.short_range.model_copy(update={"reason": text})
+    value = temperature_K / safe if safe > 0 else math.inf
+    return [_limited("atoms stay apart (temperature / highest safe one)", value, "", limit)]
 
 
 def _limited(name: str, value: float, unit: str, limit: Limit) -> Check:

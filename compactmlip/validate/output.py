@@ -13,6 +13,7 @@ from compactmlip.data.extxyz import write_frames
 from compactmlip.validate.certificate import Certificate
 from compactmlip.validate.nve import Trace
 from compactmlip.validate.parity import Labels
+from compactmlip.validate.short_range import Curve
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,7 @@ class ValidationData:
     predicted: Labels
     trace: Trace
     teacher_trace: Trace | None
+    curves: tuple[Curve, ...] = ()
 
 
 def write_all(out: Path, certificate: Certificate, data: ValidationData, report: str) -> None:
@@ -69,5 +71,9 @@ def _write_arrays(path: Path, data: ValidationData) -> None:
             arrays[f"nve_{name}_total_eV"] = trace.total
             arrays[f"nve_{name}_potential_eV"] = trace.potential
             arrays[f"nve_{name}_temperature_K"] = trace.temperature_K
+    for curve in data.curves:
+        arrays[f"approach_{curve.pair}_distance_A"] = curve.distances
+        for name, energies in curve.energies.items():
+            arrays[f"approach_{curve.pair}_{name}_eV"] = energies
     with path.open("wb") as file:
         np.savez_compressed(file, **arrays)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""The whole validation: held-out errors, consistency, NVE, speed; certificate and report."""
+"""The whole validation: held-out errors, consistency, NVE, short distances, speed; the certificate."""
 
 from __future__ import annotations
 
@@ -16,7 +16,14 @@ from pydantic import Field
 from compactmlip.data.read import ISOLATED_ATOM
 from compactmlip.errors import CompactMLIPError, InputError, SelfCheckError
 from compactmlip.validate import certificate as cert
-from compactmlip.validate.checks import Thresholds, consistency_checks, nve_checks, overall, parity_checks
+from compactmlip.validate.checks import (
+    Thresholds,
+    consistency_checks,
+    nve_checks,
+    overall,
+    parity_checks,
+    short_range_checks,
+)
 from compactmlip.validate.consistency import check_consistency
 from compactmlip.validate.heldout import HeldoutOptions, calmest, heldout_structures, typical
 from compactmlip.validate.nve import (
@@ -29,6 +36,7 @@ from compactmlip.validate.nve import (
 )
 from compactmlip.validate.output import ValidationData, write_all
 from compactmlip.validate.parity import Labels, ParityReport, evaluate_frames, parity
+from compactmlip.validate.short_range import Approach, Curve, approach
 from compactmlip.validate.speed import Speed, describe_machine, measure_speed
 from compactmlip.validate.supercells import MAX_ATOMS, near_size, supercell
 
@@ -40,6 +48,9 @@ SHORTEST_RUN = 10
 
 EQUILIBRATION_SHARE = 0.2
 """Of the time for the model's NVE run, added to it for the equilibration."""
+
+SHORT_RANGE_ATOMS = 32
+"""About how many atoms are around two that come together."""
 
 OVERTIME = 1.5
 """A run ends when it takes this many times its budget (something else is using the machine)."""
@@ -56,6 +67,9 @@ class ValidateOptions(HeldoutOptions):
     nve_ps: float = Field(4.0, gt=0, description="longest NVE run of the model, ps")
     nve_seconds: float = Field(60.0, gt=0, description="time for the model's NVE run, s")
     teacher_nve_seconds: float = Field(30.0, ge=0, description="time for the teacher's NVE run, s; 0: none")
+    approach_points: int = Field(
+        40, ge=0, description="energies while two atoms come together, for each pair of species; 0: none"
+    )
     speed_seconds: float = Field(12.0, gt=0, description="time for each size of the speed comparison, s")
     sizes: tuple[int, ...] = Field((64, 216), description="about how many atoms speed is measured on")
     repeats: int = Field(5, ge=1)
@@ -114,8 +128,14 @@ def validate(
     with _same_engine(paths, calculators) as alike:
         speed = _speed(alike, start, options, progress)
         run, teacher_run = _dynamics(alike, start, speed, options, progress)
+        apart, curves = _short_range(alike, start, options, progress)
     data = ValidationData(
-        tuple(heldout), reference, predicted, run.trace, teacher_run.trace if teacher_run else None
+        tuple(heldout),
+        reference,
+        predicted,
+        run.trace,
+        teacher_run.trace if teacher_run else None,
+        tuple(curves),
     )
     found = parity(heldout, reference, predicted)
     dtype = calculators["model"].spec.dtype
@@ -130,6 +150,7 @@ def validate(
         *parity_checks(found, options.thresholds),
         *consistency_checks(consistency, dtype),
         *nve_checks(run.summary, options.thresholds),
+        *short_range_checks(apart, options.temperature_K, options.thresholds),
     )
     certificate = cert.Certificate(
         created_utc=datetime.now(timezone.utc).replace(microsecond=0),
@@ -143,6 +164,7 @@ def validate(
         consistency=consistency,
         nve=run.summary,
         teacher_nve=teacher_run.summary if teacher_run else None,
+        short_range=tuple(apart),
         speed=tuple(speed),
         stages=tuple(stages),
         machine=machine,
@@ -217,6 +239,15 @@ def _same_engine(paths: dict[str, Path], calculators: dict[str, Any]) -> Iterato
             yield calculators
             return
         yield {**calculators, "teacher": _calculator(compiled, "cpu")}
+
+
+def _short_range(
+    calculators: dict[str, Any], start: Atoms, options: ValidateOptions, progress: bool
+) -> tuple[list[Approach], list[Curve]]:
+    if not options.approach_points:
+        return [], []
+    cell, cutoff = near_size(start, SHORT_RANGE_ATOMS), calculators["model"].spec.cutoff
+    return approach(calculators, cell, cutoff, options.approach_points, progress=progress)
 
 
 def _speed(

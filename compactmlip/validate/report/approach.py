@@ -1,0 +1,42 @@
+"""Figure of the energies while two atoms come together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from compactmlip.validate.report.figures import INK, MODEL, TEACHER, render_svg, styled
+from compactmlip.validate.short_range import Approach, Curve
+
+COLUMNS = 3
+"""Panels beside each other."""
+
+
+@styled
+def approach_figure(curves: Sequence[Curve], summaries: Sequence[Approach]) -> str:
+    """One panel for each pair of species: energies of model and teacher, on a scale linear up to 1 eV."""
+    from matplotlib.figure import Figure
+
+    columns = min(COLUMNS, len(curves))
+    rows = -(-len(curves) // columns)
+    figure = Figure(figsize=(2.6 * columns + 0.6, 2.4 * rows + 0.3), layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axes in panels[len(curves) :]:
+        axes.set_axis_off()
+    for axes, curve, summary in zip(panels, curves, summaries, strict=False):
+        axes.grid(color=INK, alpha=0.12, linewidth=0.6)
+        for name, colour in (("teacher", TEACHER), ("model", MODEL)):
+            if name in curve.energies:
+                axes.plot(curve.distances, curve.energies[name], color=colour, linewidth=1.3, label=name)
+        if summary.hole is not None:
+            top = np.interp(summary.hole, curve.distances[::-1], curve.energies["model"][::-1])
+            axes.plot(summary.hole, top, "o", color=MODEL, markersize=7, markerfacecolor="none")
+        axes.set_yscale("symlog", linthresh=1.0)
+        axes.set_title(curve.pair, fontsize=10)
+        axes.set_xlabel("distance (Å)")
+    panels[0].set_ylabel("energy (eV)")
+    panels[0].legend(loc="best")
+    return render_svg(
+        figure, "approach", "Energy against the distance of two atoms for each pair of species."
+    )
