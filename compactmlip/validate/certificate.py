@@ -15,6 +15,7 @@ from compactmlip.errors import CheckpointError
 from compactmlip.spec import ModelSpec
 from compactmlip.validate.checks import Check, Verdict
 from compactmlip.validate.consistency import Consistency
+from compactmlip.validate.crystal import CrystalComparison
 from compactmlip.validate.nve import NVESummary
 from compactmlip.validate.parity import ParityReport
 from compactmlip.validate.short_range import Approach
@@ -86,6 +87,7 @@ class Certificate(_Frozen):
     consistency: Consistency
     nve: NVESummary
     teacher_nve: NVESummary | None = None
+    crystal: CrystalComparison | None = None
     short_range: tuple[Approach, ...] = ()
     speed: tuple[Speed, ...] = ()
     stages: tuple[Stage, ...] = ()

@@ -9,6 +9,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict
 
 from compactmlip.validate.consistency import Consistency
+from compactmlip.validate.crystal import CrystalComparison
 from compactmlip.validate.nve import NVESummary
 from compactmlip.validate.parity import ParityReport
 from compactmlip.validate.short_range import Approach, safe_temperature
@@ -80,6 +81,28 @@ class Thresholds(_Frozen):
         bad=1.0,
         reason="The temperature over that at which a collapse becomes likely: where the lowest barrier is "
         "25 kB T, ten thousand pairs collapse once in some hundred nanoseconds.",
+    )
+    volume: Limit = Limit(
+        good=1.0,
+        bad=3.0,
+        reason="Against the teacher. 1 % of the volume is 0.3 % of a lattice constant, less than density "
+        "functionals differ among each other.",
+    )
+    minimum: Limit = Limit(
+        good=0.05,
+        bad=0.2,
+        reason="Root mean square distance of the atoms at rest from where they rest in the teacher. "
+        "Zero-point motion is 0.05 to 0.1 A.",
+    )
+    bulk_modulus: Limit = Limit(
+        good=10.0,
+        bad=20.0,
+        reason="Against the teacher; a tenth is about how far density functionals are apart.",
+    )
+    elastic: Limit = Limit(
+        good=10.0,
+        bad=20.0,
+        reason="Largest deviation of an elastic constant from the teacher's, relative to its largest one.",
     )
 
 
@@ -199,6 +222,31 @@ def short_range_checks(found: Sequence[Approach], temperature_K: float, limits: 
     limit = limits.short_range.model_copy(update={"reason": text})
     value = temperature_K / safe if safe > 0 else math.inf
     return [_limited("atoms stay apart (temperature / highest safe one)", value, "", limit)]
+
+
+def crystal_checks(found: CrystalComparison | None, limits: Thresholds) -> list[Check]:
+    """Judge what the crystal is like at rest; nothing where it was not compared."""
+    if found is None:
+        return []
+    model, teacher = found.model, found.teacher
+    if not (model.relaxed and teacher.relaxed):
+        who = "The teacher's structure" if not teacher.relaxed else "The model's structure"
+        verdict: Verdict = "warn" if not teacher.relaxed else "fail"
+        reason = f"{who} did not come to rest within the steps allowed."
+        return [Check(name="structure at rest", verdict=verdict, value=None, unit="", reason=reason)]
+    checks = [
+        _limited("volume at rest", found.volume_error, "%", limits.volume),
+        _limited("positions at rest", found.displacement, "A", limits.minimum),
+        _limited("bulk modulus", found.bulk_modulus_error, "%", limits.bulk_modulus),
+        _limited("elastic constants", found.elastic_error, "%", limits.elastic),
+    ]
+    if teacher.softest > 0 >= model.softest:
+        reason = "An eigenvalue of the elastic constants is negative, and the teacher has none."
+        name = "elastic stability"
+        checks.append(
+            Check(name=name, verdict="fail", value=model.softest, unit="GPa", good=0.0, reason=reason)
+        )
+    return checks
 
 
 def _limited(name: str, value: float, unit: str, limit: Limit) -> Check:

@@ -19,12 +19,14 @@ from compactmlip.validate import certificate as cert
 from compactmlip.validate.checks import (
     Thresholds,
     consistency_checks,
+    crystal_checks,
     nve_checks,
     overall,
     parity_checks,
     short_range_checks,
 )
 from compactmlip.validate.consistency import check_consistency
+from compactmlip.validate.crystal import EVALUATIONS, CrystalComparison, compare_crystals
 from compactmlip.validate.heldout import HeldoutOptions, calmest, heldout_structures, typical
 from compactmlip.validate.nve import (
     NVEResult,
@@ -69,6 +71,11 @@ class ValidateOptions(HeldoutOptions):
     teacher_nve_seconds: float = Field(30.0, ge=0, description="time for the teacher's NVE run, s; 0: none")
     approach_points: int = Field(
         40, ge=0, description="energies while two atoms come together, for each pair of species; 0: none"
+    )
+    crystal_seconds: float = Field(
+        30.0,
+        ge=0,
+        description="time for relaxation and elastic constants of a periodic structure, s; 0: none",
     )
     speed_seconds: float = Field(12.0, gt=0, description="time for each size of the speed comparison, s")
     sizes: tuple[int, ...] = Field((64, 216), description="about how many atoms speed is measured on")
@@ -129,6 +136,7 @@ def validate(
         speed = _speed(alike, start, options, progress)
         run, teacher_run = _dynamics(alike, start, speed, options, progress)
         apart, curves = _short_range(alike, start, options, progress)
+        at_rest = _crystal(alike, start, speed, options)
     data = ValidationData(
         tuple(heldout),
         reference,
@@ -150,6 +158,7 @@ def validate(
         *parity_checks(found, options.thresholds),
         *consistency_checks(consistency, dtype),
         *nve_checks(run.summary, options.thresholds),
+        *crystal_checks(at_rest, options.thresholds),
         *short_range_checks(apart, options.temperature_K, options.thresholds),
     )
     certificate = cert.Certificate(
@@ -164,6 +173,7 @@ def validate(
         consistency=consistency,
         nve=run.summary,
         teacher_nve=teacher_run.summary if teacher_run else None,
+        crystal=at_rest,
         short_range=tuple(apart),
         speed=tuple(speed),
         stages=tuple(stages),
@@ -248,6 +258,18 @@ def _short_range(
         return [], []
     cell, cutoff = near_size(start, SHORT_RANGE_ATOMS), calculators["model"].spec.cutoff
     return approach(calculators, cell, cutoff, options.approach_points, progress=progress)
+
+
+def _crystal(
+    calculators: dict[str, Any], start: Atoms, speed: Sequence[Speed], options: ValidateOptions
+) -> CrystalComparison | None:
+    """Structure and elastic constants at rest, of periodic structures for which the time is enough."""
+    if not start.pbc.all():
+        return None
+    per_step = sum(_seconds_per_step(name, calculators, start, speed) for name in ("model", "teacher"))
+    if EVALUATIONS * per_step > options.crystal_seconds:
+        return None
+    return compare_crystals(calculators["model"], calculators["teacher"], start)
 
 
 def _speed(

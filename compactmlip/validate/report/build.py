@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from compactmlip.validate.output import ValidationData
 
 
+ELASTIC_SHOWN = ((0, 0), (1, 1), (2, 2), (0, 1), (0, 2), (1, 2), (3, 3), (4, 4), (5, 5))
+"""Elastic constants in the table; the certificate has all."""
+
 OWN_LABELS = 1.0
 """meV/Angstrom and meV/atom; labels that the teacher reproduces better than this were made by it."""
 
@@ -57,6 +60,7 @@ def build_report(certificate: Certificate, data: ValidationData) -> str:
         summary=_summary(certificate),
         headline=_headline(certificate),
         rows=_stage_rows(certificate),
+        crystal_rows=_crystal_rows(certificate),
         heldout_text=_heldout_text(certificate),
         nve_text=_nve_text(certificate),
         limits=_limits(certificate),
@@ -127,6 +131,22 @@ def _stage_rows(c: Certificate) -> list[Stage]:
         stress_mae=parity.stress.mae if parity.stress else None,
     )
     return [*(c.stages or [first]), last]
+
+
+def _crystal_rows(c: Certificate) -> list[tuple[str, str, float, float]]:
+    """Quantity, unit, model, teacher."""
+    if c.crystal is None:
+        return []
+    model, teacher = c.crystal.model, c.crystal.teacher
+    rows = [
+        ("energy", "eV/atom", model.energy, teacher.energy),
+        ("volume", "A^3/atom", model.volume, teacher.volume),
+        ("bulk modulus", "GPa", model.bulk_modulus, teacher.bulk_modulus),
+        ("its pressure derivative", "", model.pressure_derivative, teacher.pressure_derivative),
+    ]
+    for i, j in ELASTIC_SHOWN:
+        rows.append((f"C{i + 1}{j + 1}", "GPa", model.elastic[i][j], teacher.elastic[i][j]))
+    return [*rows, ("softest elastic mode", "GPa", model.softest, teacher.softest)]
 
 
 def _heldout_text(c: Certificate) -> str:
