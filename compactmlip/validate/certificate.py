@@ -18,6 +18,7 @@ from compactmlip.validate.consistency import Consistency
 from compactmlip.validate.crystal import CrystalComparison
 from compactmlip.validate.nve import NVESummary
 from compactmlip.validate.parity import ParityReport
+from compactmlip.validate.phonons import Phonons
 from compactmlip.validate.short_range import Approach
 from compactmlip.validate.speed import Machine, Speed
 
@@ -88,6 +89,7 @@ class Certificate(_Frozen):
     nve: NVESummary
     teacher_nve: NVESummary | None = None
     crystal: CrystalComparison | None = None
+    phonons: Phonons | None = None
     short_range: tuple[Approach, ...] = ()
     speed: tuple[Speed, ...] = ()
     stages: tuple[Stage, ...] = ()

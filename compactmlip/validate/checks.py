@@ -12,6 +12,7 @@ from compactmlip.validate.consistency import Consistency
 from compactmlip.validate.crystal import CrystalComparison
 from compactmlip.validate.nve import NVESummary
 from compactmlip.validate.parity import ParityReport
+from compactmlip.validate.phonons import IMAGINARY, Phonons
 from compactmlip.validate.short_range import Approach, safe_temperature
 
 Verdict = Literal["pass", "warn", "fail"]
@@ -103,6 +104,11 @@ class Thresholds(_Frozen):
         good=10.0,
         bad=20.0,
         reason="Largest deviation of an elastic constant from the teacher's, relative to its largest one.",
+    )
+    phonons: Limit = Limit(
+        good=3.0,
+        bad=8.0,
+        reason="Mean difference to the teacher's frequencies, relative to its highest one.",
     )
 
 
@@ -247,6 +253,27 @@ def crystal_checks(found: CrystalComparison | None, limits: Thresholds) -> list[
             Check(name=name, verdict="fail", value=model.softest, unit="GPa", good=0.0, reason=reason)
         )
     return checks
+
+
+def phonon_checks(found: Phonons | None, limits: Thresholds) -> list[Check]:
+    """Judge frequencies; nothing where they were not compared."""
+    if found is None:
+        return []
+    relative = 100 * found.mean_error / found.teacher_highest
+    allowed = min(IMAGINARY, 1.5 * found.teacher_lowest)
+    reason = "The lowest frequency; imaginary ones are negative."
+    if found.teacher_lowest < IMAGINARY:
+        reason += f" The teacher has such modes as well, down to {found.teacher_lowest:.2f} THz."
+    return [
+        _limited("phonon frequencies (mean error)", relative, "% of the highest", limits.phonons),
+        Check(
+            name="imaginary phonon modes",
+            verdict="pass" if found.lowest >= allowed else "fail",
+            value=found.lowest,
+            unit="THz",
+            reason=reason,
+        ),
+    ]
 
 
 def _limited(name: str, value: float, unit: str, limit: Limit) -> Check:

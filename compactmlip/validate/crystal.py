@@ -107,8 +107,12 @@ class CrystalComparison(_Frozen):
         return float(100 * abs(own - other).max() / abs(other).max())
 
 
-def compare_crystals(model: Any, teacher: Any, atoms: Atoms) -> CrystalComparison:
+def compare_crystals(model: Any, teacher: Any, atoms: Atoms) -> tuple[CrystalComparison, tuple[Atoms, Atoms]]:
     """Relax a structure with both calculators and compare what they find.
+
+    Returns
+    -------
+    The comparison, and the relaxed structures of model and teacher.
 
     Raises
     ------
@@ -116,7 +120,8 @@ def compare_crystals(model: Any, teacher: Any, atoms: Atoms) -> CrystalCompariso
         If the structure is not periodic in all directions.
     """
     found, relaxed = zip(*(crystal(calculator, atoms) for calculator in (model, teacher)), strict=True)
-    return CrystalComparison(model=found[0], teacher=found[1], displacement=displacement(*relaxed))
+    compared = CrystalComparison(model=found[0], teacher=found[1], displacement=displacement(*relaxed))
+    return compared, relaxed
 
 
 def crystal(calculator: Any, atoms: Atoms) -> tuple[Crystal, Atoms]:

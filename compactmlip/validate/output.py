@@ -13,6 +13,7 @@ from compactmlip.data.extxyz import write_frames
 from compactmlip.validate.certificate import Certificate
 from compactmlip.validate.nve import Trace
 from compactmlip.validate.parity import Labels
+from compactmlip.validate.phonons import Spectra
 from compactmlip.validate.short_range import Curve
 
 
@@ -26,6 +27,7 @@ class ValidationData:
     trace: Trace
     teacher_trace: Trace | None
     curves: tuple[Curve, ...] = ()
+    spectra: Spectra | None = None
 
 
 def write_all(out: Path, certificate: Certificate, data: ValidationData, report: str) -> None:
@@ -75,5 +77,8 @@ def _write_arrays(path: Path, data: ValidationData) -> None:
         arrays[f"approach_{curve.pair}_distance_A"] = curve.distances
         for name, energies in curve.energies.items():
             arrays[f"approach_{curve.pair}_{name}_eV"] = energies
+    if data.spectra is not None:
+        arrays["phonons_model_THz"] = data.spectra.model
+        arrays["phonons_teacher_THz"] = data.spectra.teacher
     with path.open("wb") as file:
         np.savez_compressed(file, **arrays)  # type: ignore[arg-type]

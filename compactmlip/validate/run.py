@@ -23,6 +23,7 @@ from compactmlip.validate.checks import (
     nve_checks,
     overall,
     parity_checks,
+    phonon_checks,
     short_range_checks,
 )
 from compactmlip.validate.consistency import check_consistency
@@ -38,6 +39,13 @@ from compactmlip.validate.nve import (
 )
 from compactmlip.validate.output import ValidationData, write_all
 from compactmlip.validate.parity import Labels, ParityReport, evaluate_frames, parity
+from compactmlip.validate.phonons import (
+    Phonons,
+    Spectra,
+    available as phonons_available,
+    compare_phonons,
+    displacements,
+)
 from compactmlip.validate.short_range import Approach, Curve, approach
 from compactmlip.validate.speed import Speed, describe_machine, measure_speed
 from compactmlip.validate.supercells import MAX_ATOMS, near_size, supercell
@@ -75,7 +83,7 @@ class ValidateOptions(HeldoutOptions):
     crystal_seconds: float = Field(
         30.0,
         ge=0,
-        description="time for relaxation and elastic constants of a periodic structure, s; 0: none",
+        description="time for elastic constants, and again for phonons, of periodic structures, s",
     )
     speed_seconds: float = Field(12.0, gt=0, description="time for each size of the speed comparison, s")
     sizes: tuple[int, ...] = Field((64, 216), description="about how many atoms speed is measured on")
@@ -136,7 +144,7 @@ def validate(
         speed = _speed(alike, start, options, progress)
         run, teacher_run = _dynamics(alike, start, speed, options, progress)
         apart, curves = _short_range(alike, start, options, progress)
-        at_rest = _crystal(alike, start, speed, options)
+        at_rest, modes, spectra = _crystal(alike, start, speed, options)
     data = ValidationData(
         tuple(heldout),
         reference,
@@ -144,6 +152,7 @@ def validate(
         run.trace,
         teacher_run.trace if teacher_run else None,
         tuple(curves),
+        spectra,
     )
     found = parity(heldout, reference, predicted)
     dtype = calculators["model"].spec.dtype
@@ -159,6 +168,7 @@ def validate(
         *consistency_checks(consistency, dtype),
         *nve_checks(run.summary, options.thresholds),
         *crystal_checks(at_rest, options.thresholds),
+        *phonon_checks(modes, options.thresholds),
         *short_range_checks(apart, options.temperature_K, options.thresholds),
     )
     certificate = cert.Certificate(
@@ -174,6 +184,7 @@ def validate(
         nve=run.summary,
         teacher_nve=teacher_run.summary if teacher_run else None,
         crystal=at_rest,
+        phonons=modes,
         short_range=tuple(apart),
         speed=tuple(speed),
         stages=tuple(stages),
@@ -262,14 +273,24 @@ def _short_range(
 
 def _crystal(
     calculators: dict[str, Any], start: Atoms, speed: Sequence[Speed], options: ValidateOptions
-) -> CrystalComparison | None:
-    """Structure and elastic constants at rest, of periodic structures for which the time is enough."""
+) -> tuple[CrystalComparison | None, Phonons | None, Spectra | None]:
+    """Elastic constants and phonons at rest, of periodic structures for which the time is enough."""
     if not start.pbc.all():
-        return None
-    per_step = sum(_seconds_per_step(name, calculators, start, speed) for name in ("model", "teacher"))
-    if EVALUATIONS * per_step > options.crystal_seconds:
-        return None
-    return compare_crystals(calculators["model"], calculators["teacher"], start)
+        return None, None, None
+
+    def seconds(atoms: Atoms) -> float:
+        return sum(_seconds_per_step(name, calculators, atoms, speed) for name in ("model", "teacher"))
+
+    if EVALUATIONS * seconds(start) > options.crystal_seconds:
+        return None, None, None
+    model, teacher = calculators["model"], calculators["teacher"]
+    found, relaxed = compare_crystals(model, teacher, start)
+    if not (phonons_available() and found.model.relaxed and found.teacher.relaxed):
+        return found, None, None
+    count, atoms = displacements(relaxed[1])
+    if count * seconds(near_size(start, atoms)) > options.crystal_seconds:
+        return found, None, None
+    return found, *compare_phonons(model, teacher, relaxed, options.temperature_K)
 
 
 def _speed(

@@ -1,4 +1,4 @@
-"""Figure of the energies while two atoms come together."""
+"""Figures of short distances and phonons."""
 
 from __future__ import annotations
 
@@ -6,11 +6,15 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from compactmlip.validate.phonons import Spectra
 from compactmlip.validate.report.figures import INK, MODEL, TEACHER, render_svg, styled
 from compactmlip.validate.short_range import Approach, Curve
 
 COLUMNS = 3
 """Panels beside each other."""
+
+BROADENING = 0.015
+"""Width of the Gaussians of the density of states, relative to the highest frequency."""
 
 
 @styled
@@ -40,3 +44,23 @@ def approach_figure(curves: Sequence[Curve], summaries: Sequence[Approach]) -> s
     return render_svg(
         figure, "approach", "Energy against the distance of two atoms for each pair of species."
     )
+
+
+@styled
+def phonons_figure(spectra: Spectra) -> str:
+    """Densities of states of model and teacher."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.6, 2.6), layout="constrained")
+    axes = figure.subplots()
+    axes.grid(color=INK, alpha=0.12, linewidth=0.6)
+    low = min(0.0, float(spectra.model.min()), float(spectra.teacher.min()))
+    high = max(float(spectra.model.max()), float(spectra.teacher.max()))
+    x = np.linspace(1.05 * low, 1.05 * high, 400)
+    for found, colour, label in ((spectra.teacher, TEACHER, "teacher"), (spectra.model, MODEL, "model")):
+        y = np.exp(-0.5 * ((x[:, None] - found.ravel()) / (BROADENING * high)) ** 2).sum(axis=1)
+        axes.plot(x, y / y.max(), color=colour, linewidth=1.3, label=label)
+    axes.set_xlabel("frequency (THz)")
+    axes.set_yticks([])
+    axes.legend(loc="upper left")
+    return render_svg(figure, "phonons", "Phonon density of states of model and teacher.")
