@@ -21,6 +21,7 @@ from compactmlip.validate.parity import ParityReport
 from compactmlip.validate.phonons import Phonons
 from compactmlip.validate.short_range import Approach
 from compactmlip.validate.speed import Machine, Speed
+from compactmlip.validate.structure import Distribution
 
 SCHEMA_VERSION: Literal[1] = 1
 """Version of the JSON layout written by this release."""
@@ -90,6 +91,7 @@ class Certificate(_Frozen):
     teacher_nve: NVESummary | None = None
     crystal: CrystalComparison | None = None
     phonons: Phonons | None = None
+    structure: tuple[Distribution, ...] = ()
     short_range: tuple[Approach, ...] = ()
     speed: tuple[Speed, ...] = ()
     stages: tuple[Stage, ...] = ()

@@ -14,6 +14,7 @@ from compactmlip.validate.nve import NVESummary
 from compactmlip.validate.parity import ParityReport
 from compactmlip.validate.phonons import IMAGINARY, Phonons
 from compactmlip.validate.short_range import Approach, safe_temperature
+from compactmlip.validate.structure import Distribution
 
 Verdict = Literal["pass", "warn", "fail"]
 
@@ -109,6 +110,12 @@ class Thresholds(_Frozen):
         good=3.0,
         bad=8.0,
         reason="Mean difference to the teacher's frequencies, relative to its highest one.",
+    )
+    structure: Limit = Limit(
+        good=5.0,
+        bad=10.0,
+        reason="Integrated difference of radial distribution functions to the teacher's, beyond twice the "
+        "statistical noise, of the pair of species that differs most.",
     )
 
 
@@ -274,6 +281,14 @@ def phonon_checks(found: Phonons | None, limits: Thresholds) -> list[Check]:
             reason=reason,
         ),
     ]
+
+
+def structure_checks(found: Sequence[Distribution], limits: Thresholds) -> list[Check]:
+    """Judge radial distribution functions; nothing where they were not compared."""
+    if not found:
+        return []
+    worst = max(found, key=lambda d: d.excess)
+    return [_limited(f"radial distribution ({worst.pair})", worst.excess, "%", limits.structure)]
 
 
 def _limited(name: str, value: float, unit: str, limit: Limit) -> Check:

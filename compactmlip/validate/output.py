@@ -15,6 +15,7 @@ from compactmlip.validate.nve import Trace
 from compactmlip.validate.parity import Labels
 from compactmlip.validate.phonons import Spectra
 from compactmlip.validate.short_range import Curve
+from compactmlip.validate.structure import Functions
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class ValidationData:
     teacher_trace: Trace | None
     curves: tuple[Curve, ...] = ()
     spectra: Spectra | None = None
+    functions: Functions | None = None
 
 
 def write_all(out: Path, certificate: Certificate, data: ValidationData, report: str) -> None:
@@ -80,5 +82,9 @@ def _write_arrays(path: Path, data: ValidationData) -> None:
     if data.spectra is not None:
         arrays["phonons_model_THz"] = data.spectra.model
         arrays["phonons_teacher_THz"] = data.spectra.teacher
+    if data.functions is not None:
+        arrays["rdf_distance_A"] = data.functions.distances
+        for name, table in (("model", data.functions.model), ("teacher", data.functions.teacher)):
+            arrays |= {f"rdf_{name}_{pair}": values for pair, values in table.items()}
     with path.open("wb") as file:
         np.savez_compressed(file, **arrays)  # type: ignore[arg-type]

@@ -25,6 +25,7 @@ from compactmlip.validate.checks import (
     parity_checks,
     phonon_checks,
     short_range_checks,
+    structure_checks,
 )
 from compactmlip.validate.consistency import check_consistency
 from compactmlip.validate.crystal import EVALUATIONS, CrystalComparison, compare_crystals
@@ -48,6 +49,7 @@ from compactmlip.validate.phonons import (
 )
 from compactmlip.validate.short_range import Approach, Curve, approach
 from compactmlip.validate.speed import Speed, describe_machine, measure_speed
+from compactmlip.validate.structure import compare_structure
 from compactmlip.validate.supercells import MAX_ATOMS, near_size, supercell
 
 TELLING_RUN = {"model": 1000, "teacher": 250}
@@ -142,9 +144,10 @@ def validate(
     start = usable[0] if origin.origin == "sampled" else calmest(heldout, reference)
     with _same_engine(paths, calculators) as alike:
         speed = _speed(alike, start, options, progress)
-        run, teacher_run = _dynamics(alike, start, speed, options, progress)
+        run, teacher_run, cell = _dynamics(alike, start, speed, options, progress)
         apart, curves = _short_range(alike, start, options, progress)
         at_rest, modes, spectra = _crystal(alike, start, speed, options)
+    structure = compare_structure(cell, run.positions, teacher_run.positions) if teacher_run else None
     data = ValidationData(
         tuple(heldout),
         reference,
@@ -153,6 +156,7 @@ def validate(
         teacher_run.trace if teacher_run else None,
         tuple(curves),
         spectra,
+        structure[1] if structure else None,
     )
     found = parity(heldout, reference, predicted)
     dtype = calculators["model"].spec.dtype
@@ -167,6 +171,7 @@ def validate(
         *parity_checks(found, options.thresholds),
         *consistency_checks(consistency, dtype),
         *nve_checks(run.summary, options.thresholds),
+        *structure_checks(structure[0] if structure else (), options.thresholds),
         *crystal_checks(at_rest, options.thresholds),
         *phonon_checks(modes, options.thresholds),
         *short_range_checks(apart, options.temperature_K, options.thresholds),
@@ -183,6 +188,7 @@ def validate(
         consistency=consistency,
         nve=run.summary,
         teacher_nve=teacher_run.summary if teacher_run else None,
+        structure=structure[0] if structure else (),
         crystal=at_rest,
         phonons=modes,
         short_range=tuple(apart),
@@ -314,8 +320,8 @@ def _dynamics(
     speed: Sequence[Speed],
     options: ValidateOptions,
     progress: bool,
-) -> tuple[NVEResult, NVEResult | None]:
-    """NVE of the model, and of the teacher from the same positions and momenta as far as time allows."""
+) -> tuple[NVEResult, NVEResult | None, Atoms]:
+    """NVE of the model, and of the teacher from the same start as far as time allows; and their cell."""
     cell = supercell(start, max_atoms=_affordable_atoms(start, speed, options))
     shared: dict[str, Any] = {"temperature_K": options.temperature_K, "timestep_fs": options.timestep_fs}
     per_step = _seconds_per_step("model", calculators, cell, speed)
@@ -325,23 +331,23 @@ def _dynamics(
     try:
         ready = equilibrate(calculators["model"], cell, steps=warm_up, seed=options.seed, **shared)
     except CompactMLIPError as error:
-        return _unstable(len(cell), options.timestep_fs, str(error)), None
+        return _unstable(len(cell), options.timestep_fs, str(error)), None, cell
     show = {"progress": progress, **shared}
     limit = OVERTIME * options.nve_seconds
     result = nve(
         calculators["model"], ready, steps=steps, max_seconds=limit, description="NVE, model", **show
     )
     if not options.teacher_nve_seconds:
-        return result, None
+        return result, None, cell
     per_step = _seconds_per_step("teacher", calculators, cell, speed)
     steps = affordable_steps(per_step, options.teacher_nve_seconds, steps)
     if steps < SHORTEST_RUN:
-        return result, None
+        return result, None, cell
     limit = OVERTIME * options.teacher_nve_seconds
     own = nve(
         calculators["teacher"], ready, steps=steps, max_seconds=limit, description="NVE, teacher", **show
     )
-    return result, own
+    return result, own, cell
 
 
 def _affordable_atoms(start: Atoms, speed: Sequence[Speed], options: ValidateOptions) -> int:

@@ -20,7 +20,7 @@ from compactmlip.validate.report.formats import (
     signed,
     times,
 )
-from compactmlip.validate.report.physics import approach_figure, phonons_figure
+from compactmlip.validate.report.physics import approach_figure, phonons_figure, rdf_figure
 
 if TYPE_CHECKING:
     from compactmlip.validate.output import ValidationData
@@ -77,6 +77,7 @@ def _figures(c: Certificate, data: ValidationData) -> dict[str, str]:
         "nve": figures.nve_figure(data.trace, c.nve, data.teacher_trace, c.teacher_nve)
         if c.nve.steps
         else "",
+        "rdf": rdf_figure(data.functions) if data.functions else "",
         "phonons": phonons_figure(data.spectra) if data.spectra else "",
         "short_range": approach_figure(data.curves, c.short_range) if data.curves else "",
         "speed": figures.speed_figure(c.speed) if c.speed else "",
