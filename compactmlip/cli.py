@@ -330,6 +330,7 @@ def distil(
 
 app.command()(cli_train.finetune)
 app.command("compile")(cli_deploy.compile_)
+app.command()(cli_deploy.verify)
 app.command()(cli_deploy.build)
 app.command("lammps-input")(cli_deploy.lammps_input)
 

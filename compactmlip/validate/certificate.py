@@ -84,6 +84,7 @@ class Certificate(_Frozen):
     model: ModelFile
     teacher: ModelFile
     heldout: Heldout
+    files: dict[str, str] = Field({}, description="SHA-256 of what lies beside: structures and arrays")
     parity: ParityReport
     teacher_parity: ParityReport | None = None
     consistency: Consistency

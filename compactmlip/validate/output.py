@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from ase import Atoms
 
-from compactmlip.checkpoint import atomic_write
+from compactmlip.checkpoint import atomic_write, sha256
 from compactmlip.data.extxyz import write_frames
 from compactmlip.validate.certificate import Certificate
 from compactmlip.validate.nve import Trace
@@ -16,6 +16,8 @@ from compactmlip.validate.parity import Labels
 from compactmlip.validate.phonons import Spectra
 from compactmlip.validate.short_range import Curve
 from compactmlip.validate.structure import Functions
+
+FRAMES, ARRAYS, REPORT, CERTIFICATE = "heldout.extxyz", "validation.npz", "report.html", "certificate.json"
 
 
 @dataclass(frozen=True)
@@ -32,13 +34,21 @@ class ValidationData:
     functions: Functions | None = None
 
 
-def write_all(out: Path, certificate: Certificate, data: ValidationData, report: str) -> None:
-    """Write the four files; the certificate comes last, so that its presence means all is there."""
+def write_all(out: Path, certificate: Certificate, data: ValidationData, report: str) -> Certificate:
+    """Write the four files; the certificate comes last, so that its presence means all is there.
+
+    Returns
+    -------
+    The certificate with the hashes of structures and arrays.
+    """
     text = report.encode()
-    atomic_write(out / "heldout.extxyz", lambda p: write_frames(p, _labelled(data)))
-    atomic_write(out / "validation.npz", lambda p: _write_arrays(p, data))
-    atomic_write(out / "report.html", lambda p: _write_bytes(p, text))
-    certificate.save(out / "certificate.json")
+    atomic_write(out / FRAMES, lambda p: write_frames(p, _labelled(data)))
+    atomic_write(out / ARRAYS, lambda p: _write_arrays(p, data))
+    atomic_write(out / REPORT, lambda p: _write_bytes(p, text))
+    hashes = {name: sha256(out / name) for name in (FRAMES, ARRAYS)}
+    complete = certificate.model_copy(update={"files": hashes})
+    complete.save(out / CERTIFICATE)
+    return complete
 
 
 def _write_bytes(path: Path, content: bytes) -> None:

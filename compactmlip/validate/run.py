@@ -198,8 +198,7 @@ def validate(
         software=cert.software_versions(),
         options=options.model_dump(mode="json", exclude={"thresholds"}, exclude_none=True),
     )
-    write_all(out, certificate, data, build_report(certificate, data))
-    return certificate
+    return write_all(out, certificate, data, build_report(certificate, data))
 
 
 def _usable(frames: Sequence[Atoms], calculators: dict[str, Any]) -> list[Atoms]:
