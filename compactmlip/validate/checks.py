@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict
 
 from compactmlip.validate.consistency import Consistency
 from compactmlip.validate.crystal import CrystalComparison
+from compactmlip.validate.cutoff import CutoffStep
 from compactmlip.validate.nve import NVESummary
 from compactmlip.validate.parity import ParityReport
 from compactmlip.validate.phonons import IMAGINARY, Phonons
@@ -116,6 +117,18 @@ class Thresholds(_Frozen):
         bad=10.0,
         reason="Integrated difference of radial distribution functions to the teacher's, beyond twice the "
         "statistical noise, of the pair of species that differs most.",
+    )
+    cutoff_energy: Limit = Limit(
+        good=0.1,
+        bad=1.0,
+        reason="Change of the energy when two atoms come into reach of each other. Each such event adds or "
+        "takes it without a force that would account for it.",
+    )
+    cutoff_force: Limit = Limit(
+        good=1.0,
+        bad=10.0,
+        reason="Force 0.001 A within the cutoff, where that of a smooth cutoff has hardly begun (a cutoff "
+        "function whose curvature jumps, as XPLOR's, shows up to about 1).",
     )
 
 
@@ -289,6 +302,18 @@ def structure_checks(found: Sequence[Distribution], limits: Thresholds) -> list[
         return []
     worst = max(found, key=lambda d: d.excess)
     return [_limited(f"radial distribution ({worst.pair})", worst.excess, "%", limits.structure)]
+
+
+def cutoff_checks(found: CutoffStep | None, limits: Thresholds) -> list[Check]:
+    """Judge how energy and force end at the cutoff."""
+    if found is None:
+        return []
+    return [
+        _limited(
+            f"step of the energy at the cutoff ({found.pair})", found.energy, "meV", limits.cutoff_energy
+        ),
+        _limited(f"force at the cutoff ({found.pair})", found.force, "meV/A", limits.cutoff_force),
+    ]
 
 
 def _limited(name: str, value: float, unit: str, limit: Limit) -> Check:

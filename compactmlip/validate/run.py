@@ -20,6 +20,7 @@ from compactmlip.validate.checks import (
     Thresholds,
     consistency_checks,
     crystal_checks,
+    cutoff_checks,
     nve_checks,
     overall,
     parity_checks,
@@ -29,6 +30,7 @@ from compactmlip.validate.checks import (
 )
 from compactmlip.validate.consistency import check_consistency
 from compactmlip.validate.crystal import EVALUATIONS, CrystalComparison, compare_crystals
+from compactmlip.validate.cutoff import cutoff_step
 from compactmlip.validate.heldout import HeldoutOptions, calmest, heldout_structures, typical
 from compactmlip.validate.nve import (
     NVEResult,
@@ -167,9 +169,12 @@ def validate(
         seed=options.seed,
         teacher=calculators["teacher"],
     )
+    present = {symbol for atoms in heldout for symbol in atoms.get_chemical_symbols()}
+    ends = cutoff_step(calculators["model"], sorted(present), calculators["model"].spec.cutoff)
     checks = (
         *parity_checks(found, options.thresholds),
         *consistency_checks(consistency, dtype),
+        *cutoff_checks(ends, options.thresholds),
         *nve_checks(run.summary, options.thresholds),
         *structure_checks(structure[0] if structure else (), options.thresholds),
         *crystal_checks(at_rest, options.thresholds),
@@ -186,6 +191,7 @@ def validate(
         parity=found,
         teacher_parity=_teacher_parity(calculators["teacher"], heldout, reference, origin, options, progress),
         consistency=consistency,
+        cutoff=ends,
         nve=run.summary,
         teacher_nve=teacher_run.summary if teacher_run else None,
         structure=structure[0] if structure else (),
