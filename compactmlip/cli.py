@@ -353,7 +353,8 @@ def validate(
     """Compare a model with its teacher; writes certificate.json and report.html."""
     from compactmlip.config import resolve
     from compactmlip.data.read import read_structures
-    from compactmlip.validate.run import ValidateOptions, validate as run
+    from compactmlip.validate.options import ValidateOptions
+    from compactmlip.validate.run import validate as run
 
     options = resolve(ValidateOptions, config, settings or [], seed=seed, device=device)
     folder = output or Path("validation")

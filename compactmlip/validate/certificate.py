@@ -17,6 +17,7 @@ from compactmlip.validate.checks import Check, Verdict
 from compactmlip.validate.consistency import Consistency
 from compactmlip.validate.crystal import CrystalComparison
 from compactmlip.validate.cutoff import CutoffStep
+from compactmlip.validate.engines import EngineParity
 from compactmlip.validate.nve import NVESummary
 from compactmlip.validate.parity import ParityReport
 from compactmlip.validate.phonons import Phonons
@@ -89,6 +90,7 @@ class Certificate(_Frozen):
     parity: ParityReport
     teacher_parity: ParityReport | None = None
     consistency: Consistency
+    engines: tuple[EngineParity, ...] = ()
     cutoff: CutoffStep | None = None
     nve: NVESummary
     teacher_nve: NVESummary | None = None

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict
 from compactmlip.validate.consistency import Consistency
 from compactmlip.validate.crystal import CrystalComparison
 from compactmlip.validate.cutoff import CutoffStep
+from compactmlip.validate.engines import EngineParity
 from compactmlip.validate.nve import NVESummary
 from compactmlip.validate.parity import ParityReport
 from compactmlip.validate.phonons import IMAGINARY, Phonons
@@ -29,6 +30,9 @@ limited by the rounding of the energy in float32 and by its step in float64."""
 
 STRESS_DERIVATIVE = {"float32": 1e-2, "float64": 1e-4}
 """The same for the stress, relative to the larger of the largest component and 10 meV/Angstrom^3."""
+
+ENGINE = {"float32": 0.1, "float64": 1e-5}
+"""Tolerated difference of a force between engines in meV/Angstrom: what the order of sums changes."""
 
 
 class _Frozen(BaseModel):
@@ -314,6 +318,16 @@ def cutoff_checks(found: CutoffStep | None, limits: Thresholds) -> list[Check]:
         ),
         _limited(f"force at the cutoff ({found.pair})", found.force, "meV/A", limits.cutoff_force),
     ]
+
+
+def engine_checks(found: Sequence[EngineParity], dtype: str) -> list[Check]:
+    """Judge whether engines agree, by the one that differs most; nothing where only one was used."""
+    if not found:
+        return []
+    worst = max(found, key=lambda e: e.forces)
+    reason = worst.failure or f"Largest difference of a force to ASE in {worst.engine}, {dtype}."
+    limit = Limit(good=ENGINE[dtype], bad=10 * ENGINE[dtype], reason=reason)
+    return [_limited("ASE and LAMMPS agree", worst.forces, "meV/A", limit)]
 
 
 def _limited(name: str, value: float, unit: str, limit: Limit) -> Check:

@@ -9,18 +9,16 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import numpy as np
 from ase import Atoms
-from pydantic import Field
 
 from compactmlip.data.read import ISOLATED_ATOM
-from compactmlip.errors import CompactMLIPError, InputError, SelfCheckError
+from compactmlip.errors import InputError, SelfCheckError
 from compactmlip.validate import certificate as cert
 from compactmlip.validate.checks import (
-    Thresholds,
     consistency_checks,
     crystal_checks,
     cutoff_checks,
+    engine_checks,
     nve_checks,
     overall,
     parity_checks,
@@ -31,16 +29,11 @@ from compactmlip.validate.checks import (
 from compactmlip.validate.consistency import check_consistency
 from compactmlip.validate.crystal import EVALUATIONS, CrystalComparison, compare_crystals
 from compactmlip.validate.cutoff import cutoff_step
-from compactmlip.validate.heldout import HeldoutOptions, calmest, heldout_structures, typical
-from compactmlip.validate.nve import (
-    NVEResult,
-    NVESummary,
-    Trace,
-    affordable_steps,
-    equilibrate,
-    nve,
-)
+from compactmlip.validate.engines import EngineParity, compare_engines
+from compactmlip.validate.heldout import calmest, heldout_structures, typical
+from compactmlip.validate.options import ValidateOptions
 from compactmlip.validate.output import ValidationData, write_all
+from compactmlip.validate.paired import compare_speed, dynamics, seconds_per_step
 from compactmlip.validate.parity import Labels, ParityReport, evaluate_frames, parity
 from compactmlip.validate.phonons import (
     Phonons,
@@ -50,50 +43,12 @@ from compactmlip.validate.phonons import (
     displacements,
 )
 from compactmlip.validate.short_range import Approach, Curve, approach
-from compactmlip.validate.speed import Speed, describe_machine, measure_speed
+from compactmlip.validate.speed import Speed, describe_machine
 from compactmlip.validate.structure import compare_structure
-from compactmlip.validate.supercells import MAX_ATOMS, near_size, supercell
-
-TELLING_RUN = {"model": 1000, "teacher": 250}
-"""Steps that the NVE runs should have; the cell is chosen so that they fit into the time."""
-
-SHORTEST_RUN = 10
-"""Steps; a teacher that cannot do these within its budget is not simulated."""
-
-EQUILIBRATION_SHARE = 0.2
-"""Of the time for the model's NVE run, added to it for the equilibration."""
+from compactmlip.validate.supercells import near_size
 
 SHORT_RANGE_ATOMS = 32
 """About how many atoms are around two that come together."""
-
-OVERTIME = 1.5
-"""A run ends when it takes this many times its budget (something else is using the machine)."""
-
-
-class ValidateOptions(HeldoutOptions):
-    """Options of :func:`validate`.  Times are budgets: measured speeds decide what fits."""
-
-    teacher_frames: int = Field(
-        4, ge=0, description="labelled structures that the teacher is compared on as well"
-    )
-    temperature_K: float = Field(300.0, gt=0)
-    timestep_fs: float = Field(1.0, gt=0)
-    nve_ps: float = Field(4.0, gt=0, description="longest NVE run of the model, ps")
-    nve_seconds: float = Field(60.0, gt=0, description="time for the model's NVE run, s")
-    teacher_nve_seconds: float = Field(30.0, ge=0, description="time for the teacher's NVE run, s; 0: none")
-    approach_points: int = Field(
-        40, ge=0, description="energies while two atoms come together, for each pair of species; 0: none"
-    )
-    crystal_seconds: float = Field(
-        30.0,
-        ge=0,
-        description="time for elastic constants, and again for phonons, of periodic structures, s",
-    )
-    speed_seconds: float = Field(12.0, gt=0, description="time for each size of the speed comparison, s")
-    sizes: tuple[int, ...] = Field((64, 216), description="about how many atoms speed is measured on")
-    repeats: int = Field(5, ge=1)
-    device: str = "cpu"
-    thresholds: Thresholds = Thresholds()
 
 
 def validate(
@@ -145,8 +100,8 @@ def validate(
     )
     start = usable[0] if origin.origin == "sampled" else calmest(heldout, reference)
     with _same_engine(paths, calculators) as alike:
-        speed = _speed(alike, start, options, progress)
-        run, teacher_run, cell = _dynamics(alike, start, speed, options, progress)
+        speed = compare_speed(alike, start, options, progress)
+        run, teacher_run, cell = dynamics(alike, start, speed, options, progress)
         apart, curves = _short_range(alike, start, options, progress)
         at_rest, modes, spectra = _crystal(alike, start, speed, options)
     structure = compare_structure(cell, run.positions, teacher_run.positions) if teacher_run else None
@@ -171,9 +126,11 @@ def validate(
     )
     present = {symbol for atoms in heldout for symbol in atoms.get_chemical_symbols()}
     ends = cutoff_step(calculators["model"], sorted(present), calculators["model"].spec.cutoff)
+    engines = _engines(paths["model"], calculators["model"], start)
     checks = (
         *parity_checks(found, options.thresholds),
         *consistency_checks(consistency, dtype),
+        *engine_checks(engines, dtype),
         *cutoff_checks(ends, options.thresholds),
         *nve_checks(run.summary, options.thresholds),
         *structure_checks(structure[0] if structure else (), options.thresholds),
@@ -191,6 +148,7 @@ def validate(
         parity=found,
         teacher_parity=_teacher_parity(calculators["teacher"], heldout, reference, origin, options, progress),
         consistency=consistency,
+        engines=engines,
         cutoff=ends,
         nve=run.summary,
         teacher_nve=teacher_run.summary if teacher_run else None,
@@ -273,6 +231,15 @@ def _same_engine(paths: dict[str, Path], calculators: dict[str, Any]) -> Iterato
         yield {**calculators, "teacher": _calculator(compiled, "cpu")}
 
 
+def _engines(model: Path, calculator: Any, start: Atoms) -> tuple[EngineParity, ...]:
+    """Compare LAMMPS with ASE, for files that LAMMPS can run on several processes."""
+    from compactmlip.deploy.archive import inspect
+
+    if model.suffix != ".pt" or inspect(model)[1].backend != "kernels":
+        return ()
+    return compare_engines(model, calculator, near_size(start, SHORT_RANGE_ATOMS))
+
+
 def _short_range(
     calculators: dict[str, Any], start: Atoms, options: ValidateOptions, progress: bool
 ) -> tuple[list[Approach], list[Curve]]:
@@ -290,7 +257,7 @@ def _crystal(
         return None, None, None
 
     def seconds(atoms: Atoms) -> float:
-        return sum(_seconds_per_step(name, calculators, atoms, speed) for name in ("model", "teacher"))
+        return sum(seconds_per_step(name, calculators, atoms, speed) for name in ("model", "teacher"))
 
     if EVALUATIONS * seconds(start) > options.crystal_seconds:
         return None, None, None
@@ -302,92 +269,3 @@ def _crystal(
     if count * seconds(near_size(start, atoms)) > options.crystal_seconds:
         return found, None, None
     return found, *compare_phonons(model, teacher, relaxed, options.temperature_K)
-
-
-def _speed(
-    calculators: dict[str, Any], start: Atoms, options: ValidateOptions, progress: bool
-) -> list[Speed]:
-    sizes = {len(s): s for s in (near_size(start, n) for n in options.sizes)}
-    rows = measure_speed(
-        calculators,
-        list(sizes.values()),
-        repeats=options.repeats,
-        max_seconds=options.speed_seconds,
-        seed=options.seed,
-        progress=progress,
-    )
-    return [row for row in rows if "model" in row.atoms_per_second]
-
-
-def _dynamics(
-    calculators: dict[str, Any],
-    start: Atoms,
-    speed: Sequence[Speed],
-    options: ValidateOptions,
-    progress: bool,
-) -> tuple[NVEResult, NVEResult | None, Atoms]:
-    """NVE of the model, and of the teacher from the same start as far as time allows; and their cell."""
-    cell = supercell(start, max_atoms=_affordable_atoms(start, speed, options))
-    shared: dict[str, Any] = {"temperature_K": options.temperature_K, "timestep_fs": options.timestep_fs}
-    per_step = _seconds_per_step("model", calculators, cell, speed)
-    longest = max(1, round(options.nve_ps * 1000 / options.timestep_fs))
-    steps = affordable_steps(per_step, options.nve_seconds, longest, SHORTEST_RUN)
-    warm_up = affordable_steps(per_step, EQUILIBRATION_SHARE * options.nve_seconds, 150, SHORTEST_RUN)
-    try:
-        ready = equilibrate(calculators["model"], cell, steps=warm_up, seed=options.seed, **shared)
-    except CompactMLIPError as error:
-        return _unstable(len(cell), options.timestep_fs, str(error)), None, cell
-    show = {"progress": progress, **shared}
-    limit = OVERTIME * options.nve_seconds
-    result = nve(
-        calculators["model"], ready, steps=steps, max_seconds=limit, description="NVE, model", **show
-    )
-    if not options.teacher_nve_seconds:
-        return result, None, cell
-    per_step = _seconds_per_step("teacher", calculators, cell, speed)
-    steps = affordable_steps(per_step, options.teacher_nve_seconds, steps)
-    if steps < SHORTEST_RUN:
-        return result, None, cell
-    limit = OVERTIME * options.teacher_nve_seconds
-    own = nve(
-        calculators["teacher"], ready, steps=steps, max_seconds=limit, description="NVE, teacher", **show
-    )
-    return result, own, cell
-
-
-def _affordable_atoms(start: Atoms, speed: Sequence[Speed], options: ValidateOptions) -> int:
-    """Largest cell of which both can simulate enough steps for a drift within their budgets.
-
-    A small cell conserves energy no better than a large one, but a run that is too short tells nothing.
-    """
-    budgets = {"model": options.nve_seconds, "teacher": options.teacher_nve_seconds}
-    atoms = float(MAX_ATOMS)
-    for name, seconds in budgets.items():
-        rates = [row.atoms_per_second[name] for row in speed if name in row.atoms_per_second]
-        if rates and seconds:
-            atoms = min(atoms, max(rates) * seconds / TELLING_RUN[name])
-    return max(len(start), int(atoms))
-
-
-def _seconds_per_step(name: str, calculators: dict[str, Any], cell: Atoms, speed: Sequence[Speed]) -> float:
-    """Estimate from the measured speeds, or from one more measurement where there is none."""
-    rows = [row for row in speed if name in row.atoms_per_second]
-    if not rows:
-        rows = measure_speed({name: calculators[name]}, [cell], repeats=1)
-    nearest = min(rows, key=lambda row: abs(np.log(row.atoms / len(cell))))
-    return len(cell) / nearest.atoms_per_second[name]
-
-
-def _unstable(atoms: int, timestep_fs: float, reason: str) -> NVEResult:
-    empty = np.zeros(0)
-    summary = NVESummary(
-        atoms=atoms,
-        steps=0,
-        timestep_fs=timestep_fs,
-        mean_temperature_K=float("nan"),
-        seconds_per_step=float("nan"),
-        stable=False,
-        reason=reason,
-        drift=None,
-    )
-    return NVEResult(summary, Trace(empty, empty, empty, empty))
