@@ -116,10 +116,9 @@ def approach(
                 energies[name] = _energies(calculator, atoms, (i, j, vector), distances)
                 track.advance(points)
             curve = Curve(f"{first}-{second}", distances, energies)
-            own = barrier(distances, energies["model"], NO_BOND * radii)
-            other = (
-                barrier(distances, energies["teacher"], NO_BOND * radii) if "teacher" in energies else None
-            )
+            reference = energies.get("teacher")
+            own = barrier(distances, energies["model"], NO_BOND * radii, reference)
+            other = None if reference is None else barrier(distances, reference, NO_BOND * radii)
             curves.append(curve)
             found.append(
                 Approach(
@@ -153,7 +152,9 @@ def nearest_pairs(atoms: Atoms, cutoff: float) -> dict[tuple[str, str], tuple[in
     return dict(sorted(found.items()))
 
 
-def barrier(distances: Array, energies: Array, no_bond: float) -> tuple[float, float | None]:
+def barrier(
+    distances: Array, energies: Array, no_bond: float, reference: Array | None = None
+) -> tuple[float, float | None]:
     """Height of what keeps two atoms apart, and where the energy begins to fall.
 
     Parameters
@@ -162,6 +163,8 @@ def barrier(distances: Array, energies: Array, no_bond: float) -> tuple[float, f
         (n,) Angstrom, falling, and eV; NaN ends the path.
     no_bond
         Angstrom; below it the energy must rise, above it it may fall (two atoms may form a bond).
+    reference
+        (n,) energies of the teacher; above ``no_bond`` energies may then fall only where these do.
 
     Returns
     -------
@@ -172,7 +175,11 @@ def barrier(distances: Array, energies: Array, no_bond: float) -> tuple[float, f
         return 0.0, float(distances[0])
     r, e = distances[:known], energies[:known]
     highest = np.maximum.accumulate(e)
-    fallen = np.flatnonzero((r < no_bond) & (e < highest - NOISE))
+    forbidden = r < no_bond
+    if reference is not None:
+        other = reference[:known]
+        forbidden |= other >= np.maximum.accumulate(other) - NOISE  # false for NaN
+    fallen = np.flatnonzero(forbidden & (e < highest - NOISE))
     if not fallen.size:
         return float(e.max() - e.min()), None
     top = int(np.argmax(e[: fallen[0] + 1]))

@@ -93,6 +93,25 @@ def test_bonds_are_no_holes() -> None:
     assert hole is not None and 0.74 < hole < 1.1 and 0 < height < 2
 
 
+def test_well_that_the_teacher_lacks_is_a_hole() -> None:
+    """Where the teacher only rises, the model may not fall, however long the bond would be."""
+    distances = np.linspace(2.5, 0.5, 200)
+    wall = 2.0 / distances**6 - 2.0 / 2.5**6
+    well = wall - 6 * np.exp(-(((distances - 1.2) / 0.1) ** 2))
+    assert barrier(distances, well, NO_BOND * 1.32)[1] is None
+    height, hole = barrier(distances, well, NO_BOND * 1.32, reference=wall)
+    assert hole is not None and 1.25 < hole < 1.5 and 0 < height < 1
+    assert barrier(distances, well, NO_BOND * 1.32, reference=well)[1] is None
+    pair = Atoms("O2", [[0, 0, 0], [0, 0, 2.5]])
+    curve = lambda r: 2.0 / r**6 - 6 * np.exp(-(((r - 1.2) / 0.1) ** 2))  # noqa: E731
+    calculators = {"model": Pairs(curve), "teacher": Pairs(lambda r: 2.0 / r**6)}
+    assert approach({"model": calculators["model"]}, pair, 6.0)[0][0].hole is None
+    (found,), _ = approach(calculators, pair, 6.0)
+    assert found.hole is not None and found.teacher_hole is None
+    blind = np.where(distances < 1.6, np.nan, wall)  # a teacher that refused
+    assert barrier(distances, well, NO_BOND * 1.32, reference=blind)[1] is None
+
+
 def test_path_that_ends_in_an_error(pair: Atoms) -> None:
     """A simulation would stop there and say so; what came before counts."""
     found, curves = approach({"model": Pairs(buckingham, closest=1.2)}, pair, 6.0)
