@@ -330,6 +330,7 @@ def distil(
 
 app.command()(cli_train.finetune)
 app.command("compile")(cli_deploy.compile_)
+app.command()(cli_deploy.verify)
 app.command()(cli_deploy.build)
 app.command("lammps-input")(cli_deploy.lammps_input)
 
@@ -352,7 +353,8 @@ def validate(
     """Compare a model with its teacher; writes certificate.json and report.html."""
     from compactmlip.config import resolve
     from compactmlip.data.read import read_structures
-    from compactmlip.validate.run import ValidateOptions, validate as run
+    from compactmlip.validate.options import ValidateOptions
+    from compactmlip.validate.run import validate as run
 
     options = resolve(ValidateOptions, config, settings or [], seed=seed, device=device)
     folder = output or Path("validation")

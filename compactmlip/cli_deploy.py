@@ -18,6 +18,10 @@ def compile_(
     backend: Backend = None,
     calibration: MeasuredOn = None,
     tf32: TF32 = False,
+    require_certificate: Annotated[
+        Path | None,
+        typer.Option(help="Compile only if this certificate is the checkpoint's and no check failed."),
+    ] = None,
     as_json: AsJSON = False,
 ) -> None:
     """Write the deployed file that the ASE calculator loads."""
@@ -26,6 +30,10 @@ def compile_(
     from compactmlip.deploy.compile import compile_model, default_backend
     from compactmlip.info import accuracy_text, tables_text, trust_text
 
+    if require_certificate:
+        from compactmlip.validate.verify import require
+
+        require(model, require_certificate)
     backend = backend or ("torch" if tf32 else default_backend())
     path = output or model.with_suffix(SUFFIXES.get(backend, ".pt"))  # type: ignore[call-overload]
     report = compile_model(
@@ -49,6 +57,27 @@ def compile_(
     print_result(
         as_json, text, output=path, dtype=dtype, backend=backend, accuracy=accuracy, trust_region=trust
     )
+
+
+def verify(
+    model: Annotated[Path, typer.Argument(help="Deployed file or checkpoint.")],
+    certificate: Annotated[Path, typer.Argument(help="certificate.json, with its files beside it.")],
+    frames: Annotated[int, typer.Option(help="Structures to compute again; 0 for all.")] = 8,
+    device: Annotated[str, typer.Option(help="Where to compute: cpu, cuda, ...")] = "cpu",
+    as_json: AsJSON = False,
+) -> None:
+    """Check that a certificate is this model's and that its numbers can be reproduced."""
+    from compactmlip.errors import CertificateError
+    from compactmlip.validate.verify import verify as run
+
+    if frames < 0:
+        raise InputError(f"--frames must be at least 0, not {frames}.")
+    found = run(model, certificate, frames=frames, device=device)
+    lines = [f"{'yes' if f.agrees else 'NO':4}{f.what} ({f.detail})" for f in found]
+    print_result(as_json, "\n".join(lines), findings=[vars(f) for f in found])
+    wrong = [f.what for f in found if not f.agrees]
+    if wrong:
+        raise CertificateError(f"{certificate} does not hold for {model}: not true that {'; '.join(wrong)}.")
 
 
 def build(

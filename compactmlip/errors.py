@@ -51,6 +51,10 @@ class SelfCheckError(CompactMLIPError):
     """An exported model does not reproduce the model it was made from."""
 
 
+class CertificateError(CompactMLIPError):
+    """A certificate does not belong to a model, cannot be reproduced, or says that the model failed."""
+
+
 class OutsideError(CompactMLIPError):
     """Atoms are outside the trust region of a model, and the calculation should stop there."""
 

@@ -39,7 +39,8 @@ from compactmlip.train.dataset import Dataset
 from compactmlip.train.distil import DistilOptions, distil
 from compactmlip.train.metrics import evaluate
 from compactmlip.validate.certificate import Certificate, Stage
-from compactmlip.validate.run import ValidateOptions, validate
+from compactmlip.validate.options import ValidateOptions
+from compactmlip.validate.run import validate
 
 VALIDATION_SHARE = 0.3
 """Share of the time budget that is kept for compiling and validating."""

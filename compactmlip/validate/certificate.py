@@ -15,9 +15,15 @@ from compactmlip.errors import CheckpointError
 from compactmlip.spec import ModelSpec
 from compactmlip.validate.checks import Check, Verdict
 from compactmlip.validate.consistency import Consistency
+from compactmlip.validate.crystal import CrystalComparison
+from compactmlip.validate.cutoff import CutoffStep
+from compactmlip.validate.engines import EngineParity
 from compactmlip.validate.nve import NVESummary
 from compactmlip.validate.parity import ParityReport
+from compactmlip.validate.phonons import Phonons
+from compactmlip.validate.short_range import Approach
 from compactmlip.validate.speed import Machine, Speed
+from compactmlip.validate.structure import Distribution
 
 SCHEMA_VERSION: Literal[1] = 1
 """Version of the JSON layout written by this release."""
@@ -80,11 +86,18 @@ class Certificate(_Frozen):
     model: ModelFile
     teacher: ModelFile
     heldout: Heldout
+    files: dict[str, str] = Field({}, description="SHA-256 of what lies beside: structures and arrays")
     parity: ParityReport
     teacher_parity: ParityReport | None = None
     consistency: Consistency
+    engines: tuple[EngineParity, ...] = ()
+    cutoff: CutoffStep | None = None
     nve: NVESummary
     teacher_nve: NVESummary | None = None
+    crystal: CrystalComparison | None = None
+    phonons: Phonons | None = None
+    structure: tuple[Distribution, ...] = ()
+    short_range: tuple[Approach, ...] = ()
     speed: tuple[Speed, ...] = ()
     stages: tuple[Stage, ...] = ()
     machine: Machine

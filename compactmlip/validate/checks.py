@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
 from compactmlip.validate.consistency import Consistency
+from compactmlip.validate.crystal import CrystalComparison
+from compactmlip.validate.cutoff import CutoffStep
+from compactmlip.validate.engines import EngineParity
 from compactmlip.validate.nve import NVESummary
 from compactmlip.validate.parity import ParityReport
+from compactmlip.validate.phonons import IMAGINARY, Phonons
+from compactmlip.validate.short_range import Approach, safe_temperature
+from compactmlip.validate.structure import Distribution
 
 Verdict = Literal["pass", "warn", "fail"]
 
@@ -24,6 +30,9 @@ limited by the rounding of the energy in float32 and by its step in float64."""
 
 STRESS_DERIVATIVE = {"float32": 1e-2, "float64": 1e-4}
 """The same for the stress, relative to the larger of the largest component and 10 meV/Angstrom^3."""
+
+ENGINE = {"float32": 0.1, "float64": 1e-5}
+"""Tolerated difference of a force between engines in meV/Angstrom: what the order of sums changes."""
 
 
 class _Frozen(BaseModel):
@@ -73,6 +82,57 @@ class Thresholds(_Frozen):
         bad=0.1,
         reason="RMS of the total over the kinetic energy. In velocity Verlet it is (ω dt)^2/4 for a "
         "vibration of frequency ω: 0.025 is 20 steps per period, 0.1 is 10. Noise adds to it.",
+    )
+    short_range: Limit = Limit(
+        good=0.5,
+        bad=1.0,
+        reason="The temperature over that at which a collapse becomes likely: where the lowest barrier is "
+        "25 kB T, ten thousand pairs collapse once in some hundred nanoseconds.",
+    )
+    volume: Limit = Limit(
+        good=1.0,
+        bad=3.0,
+        reason="Against the teacher. 1 % of the volume is 0.3 % of a lattice constant, less than density "
+        "functionals differ among each other.",
+    )
+    minimum: Limit = Limit(
+        good=0.05,
+        bad=0.2,
+        reason="Root mean square distance of the atoms at rest from where they rest in the teacher. "
+        "Zero-point motion is 0.05 to 0.1 A.",
+    )
+    bulk_modulus: Limit = Limit(
+        good=10.0,
+        bad=20.0,
+        reason="Against the teacher; a tenth is about how far density functionals are apart.",
+    )
+    elastic: Limit = Limit(
+        good=10.0,
+        bad=20.0,
+        reason="Largest deviation of an elastic constant from the teacher's, relative to its largest one.",
+    )
+    phonons: Limit = Limit(
+        good=3.0,
+        bad=8.0,
+        reason="Mean difference to the teacher's frequencies, relative to its highest one.",
+    )
+    structure: Limit = Limit(
+        good=5.0,
+        bad=10.0,
+        reason="Integrated difference of radial distribution functions to the teacher's, beyond twice the "
+        "statistical noise, of the pair of species that differs most.",
+    )
+    cutoff_energy: Limit = Limit(
+        good=0.1,
+        bad=1.0,
+        reason="Change of the energy when two atoms come into reach of each other. Each such event adds or "
+        "takes it without a force that would account for it.",
+    )
+    cutoff_force: Limit = Limit(
+        good=1.0,
+        bad=10.0,
+        reason="Force 0.001 A within the cutoff, where that of a smooth cutoff has hardly begun (a cutoff "
+        "function whose curvature jumps, as XPLOR's, shows up to about 1).",
     )
 
 
@@ -174,6 +234,100 @@ def nve_checks(run: NVESummary, limits: Thresholds) -> list[Check]:
         ),
         _limited("energy fluctuation (NVE)", drift.fluctuation_ratio, "of kinetic", limits.nve_fluctuation),
     ]
+
+
+def short_range_checks(found: Sequence[Approach], temperature_K: float, limits: Thresholds) -> list[Check]:
+    """Judge what keeps atoms apart, by the pair with the lowest barrier; nothing without pairs."""
+    if not found:
+        return []
+    worst = min(found, key=lambda a: a.barrier)
+    safe = safe_temperature(worst.barrier)
+    text = (
+        f"{worst.pair}: {worst.barrier:.2g} eV, enough up to about {safe:.0f} K. {limits.short_range.reason}"
+    )
+    if worst.hole is not None:
+        text = f"The energy of {worst.pair} falls below {worst.hole:.2f} A. {text}"
+        if worst.teacher_hole is not None:
+            text += f" The teacher has such a hole too, behind {worst.teacher_barrier:.2g} eV."
+    limit = limits.short_range.model_copy(update={"reason": text})
+    value = temperature_K / safe if safe > 0 else math.inf
+    return [_limited("atoms stay apart (temperature / highest safe one)", value, "", limit)]
+
+
+def crystal_checks(found: CrystalComparison | None, limits: Thresholds) -> list[Check]:
+    """Judge what the crystal is like at rest; nothing where it was not compared."""
+    if found is None:
+        return []
+    model, teacher = found.model, found.teacher
+    if not (model.relaxed and teacher.relaxed):
+        who = "The teacher's structure" if not teacher.relaxed else "The model's structure"
+        verdict: Verdict = "warn" if not teacher.relaxed else "fail"
+        reason = f"{who} did not come to rest within the steps allowed."
+        return [Check(name="structure at rest", verdict=verdict, value=None, unit="", reason=reason)]
+    checks = [
+        _limited("volume at rest", found.volume_error, "%", limits.volume),
+        _limited("positions at rest", found.displacement, "A", limits.minimum),
+        _limited("bulk modulus", found.bulk_modulus_error, "%", limits.bulk_modulus),
+        _limited("elastic constants", found.elastic_error, "%", limits.elastic),
+    ]
+    if teacher.softest > 0 >= model.softest:
+        reason = "An eigenvalue of the elastic constants is negative, and the teacher has none."
+        name = "elastic stability"
+        checks.append(
+            Check(name=name, verdict="fail", value=model.softest, unit="GPa", good=0.0, reason=reason)
+        )
+    return checks
+
+
+def phonon_checks(found: Phonons | None, limits: Thresholds) -> list[Check]:
+    """Judge frequencies; nothing where they were not compared."""
+    if found is None:
+        return []
+    relative = 100 * found.mean_error / found.teacher_highest
+    allowed = min(IMAGINARY, 1.5 * found.teacher_lowest)
+    reason = "The lowest frequency; imaginary ones are negative."
+    if found.teacher_lowest < IMAGINARY:
+        reason += f" The teacher has such modes as well, down to {found.teacher_lowest:.2f} THz."
+    return [
+        _limited("phonon frequencies (mean error)", relative, "% of the highest", limits.phonons),
+        Check(
+            name="imaginary phonon modes",
+            verdict="pass" if found.lowest >= allowed else "fail",
+            value=found.lowest,
+            unit="THz",
+            reason=reason,
+        ),
+    ]
+
+
+def structure_checks(found: Sequence[Distribution], limits: Thresholds) -> list[Check]:
+    """Judge radial distribution functions; nothing where they were not compared."""
+    if not found:
+        return []
+    worst = max(found, key=lambda d: d.excess)
+    return [_limited(f"radial distribution ({worst.pair})", worst.excess, "%", limits.structure)]
+
+
+def cutoff_checks(found: CutoffStep | None, limits: Thresholds) -> list[Check]:
+    """Judge how energy and force end at the cutoff."""
+    if found is None:
+        return []
+    return [
+        _limited(
+            f"step of the energy at the cutoff ({found.pair})", found.energy, "meV", limits.cutoff_energy
+        ),
+        _limited(f"force at the cutoff ({found.pair})", found.force, "meV/A", limits.cutoff_force),
+    ]
+
+
+def engine_checks(found: Sequence[EngineParity], dtype: str) -> list[Check]:
+    """Judge whether engines agree, by the one that differs most; nothing where only one was used."""
+    if not found:
+        return []
+    worst = max(found, key=lambda e: e.forces)
+    reason = worst.failure or f"Largest difference of a force to ASE in {worst.engine}, {dtype}."
+    limit = Limit(good=ENGINE[dtype], bad=10 * ENGINE[dtype], reason=reason)
+    return [_limited("ASE and LAMMPS agree", worst.forces, "meV/A", limit)]
 
 
 def _limited(name: str, value: float, unit: str, limit: Limit) -> Check:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -34,6 +34,9 @@ relaxation right after the start looks like a drift that does not last."""
 
 BLOCKS = 10
 """Blocks for the standard error of the drift; samples inside a block are correlated."""
+
+SAMPLE_EVERY = 10
+"""Steps between positions that are kept."""
 
 MIN_STEPS_FOR_DRIFT = 200
 """Runs with fewer steps are shown, but no drift is derived from them."""
@@ -90,10 +93,11 @@ class NVESummary(BaseModel):
 
 @dataclass(frozen=True)
 class NVEResult:
-    """A run: its summary and its trace."""
+    """A run: its summary, its trace, and positions (frames, N, 3) in Angstrom every SAMPLE_EVERY steps."""
 
     summary: NVESummary
     trace: Trace
+    positions: Array = field(default_factory=lambda: np.zeros((0, 0, 3)))
 
 
 def maxwell_boltzmann(atoms: Atoms, temperature_K: float, rng: np.random.Generator) -> None:
@@ -200,18 +204,22 @@ def nve(
         )
     system.calc = calculator
     rows: list[tuple[float, float]] = []
+    positions: list[Array] = []
     started = time.perf_counter()
     with Track(description, steps, "steps", enabled=progress) as track:
 
         def record() -> None:
             rows.append((system.get_potential_energy(), system.get_kinetic_energy()))
+            if len(rows) % SAMPLE_EVERY == 1:
+                positions.append(system.get_positions())
             if len(rows) > 1:
                 track.advance(1)
 
         dynamics = VelocityVerlet(system, timestep_fs * units.fs)
         failure = _run(dynamics, system, steps, EXPLODED * temperature_K, record, max_seconds)
     seconds = (time.perf_counter() - started) / max(len(rows) - 1, 1)
-    return _result(np.array(rows).reshape(-1, 2), len(system), timestep_fs, seconds, failure)
+    result = _result(np.array(rows).reshape(-1, 2), len(system), timestep_fs, seconds, failure)
+    return replace(result, positions=np.array(positions).reshape(-1, len(system), 3))
 
 
 def _run(

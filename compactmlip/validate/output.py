@@ -8,11 +8,16 @@ from pathlib import Path
 import numpy as np
 from ase import Atoms
 
-from compactmlip.checkpoint import atomic_write
+from compactmlip.checkpoint import atomic_write, sha256
 from compactmlip.data.extxyz import write_frames
 from compactmlip.validate.certificate import Certificate
 from compactmlip.validate.nve import Trace
 from compactmlip.validate.parity import Labels
+from compactmlip.validate.phonons import Spectra
+from compactmlip.validate.short_range import Curve
+from compactmlip.validate.structure import Functions
+
+FRAMES, ARRAYS, REPORT, CERTIFICATE = "heldout.extxyz", "validation.npz", "report.html", "certificate.json"
 
 
 @dataclass(frozen=True)
@@ -24,15 +29,26 @@ class ValidationData:
     predicted: Labels
     trace: Trace
     teacher_trace: Trace | None
+    curves: tuple[Curve, ...] = ()
+    spectra: Spectra | None = None
+    functions: Functions | None = None
 
 
-def write_all(out: Path, certificate: Certificate, data: ValidationData, report: str) -> None:
-    """Write the four files; the certificate comes last, so that its presence means all is there."""
+def write_all(out: Path, certificate: Certificate, data: ValidationData, report: str) -> Certificate:
+    """Write the four files; the certificate comes last, so that its presence means all is there.
+
+    Returns
+    -------
+    The certificate with the hashes of structures and arrays.
+    """
     text = report.encode()
-    atomic_write(out / "heldout.extxyz", lambda p: write_frames(p, _labelled(data)))
-    atomic_write(out / "validation.npz", lambda p: _write_arrays(p, data))
-    atomic_write(out / "report.html", lambda p: _write_bytes(p, text))
-    certificate.save(out / "certificate.json")
+    atomic_write(out / FRAMES, lambda p: write_frames(p, _labelled(data)))
+    atomic_write(out / ARRAYS, lambda p: _write_arrays(p, data))
+    atomic_write(out / REPORT, lambda p: _write_bytes(p, text))
+    hashes = {name: sha256(out / name) for name in (FRAMES, ARRAYS)}
+    complete = certificate.model_copy(update={"files": hashes})
+    complete.save(out / CERTIFICATE)
+    return complete
 
 
 def _write_bytes(path: Path, content: bytes) -> None:
@@ -69,5 +85,16 @@ def _write_arrays(path: Path, data: ValidationData) -> None:
             arrays[f"nve_{name}_total_eV"] = trace.total
             arrays[f"nve_{name}_potential_eV"] = trace.potential
             arrays[f"nve_{name}_temperature_K"] = trace.temperature_K
+    for curve in data.curves:
+        arrays[f"approach_{curve.pair}_distance_A"] = curve.distances
+        for name, energies in curve.energies.items():
+            arrays[f"approach_{curve.pair}_{name}_eV"] = energies
+    if data.spectra is not None:
+        arrays["phonons_model_THz"] = data.spectra.model
+        arrays["phonons_teacher_THz"] = data.spectra.teacher
+    if data.functions is not None:
+        arrays["rdf_distance_A"] = data.functions.distances
+        for name, table in (("model", data.functions.model), ("teacher", data.functions.teacher)):
+            arrays |= {f"rdf_{name}_{pair}": values for pair, values in table.items()}
     with path.open("wb") as file:
         np.savez_compressed(file, **arrays)  # type: ignore[arg-type]

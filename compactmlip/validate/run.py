@@ -1,4 +1,4 @@
-"""The whole validation: held-out errors, consistency, NVE, speed; certificate and report."""
+"""The whole validation: held-out errors, consistency, NVE, short distances, speed; the certificate."""
 
 from __future__ import annotations
 
@@ -9,58 +9,46 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import numpy as np
 from ase import Atoms
-from pydantic import Field
 
 from compactmlip.data.read import ISOLATED_ATOM
-from compactmlip.errors import CompactMLIPError, InputError, SelfCheckError
+from compactmlip.errors import InputError, SelfCheckError
 from compactmlip.validate import certificate as cert
-from compactmlip.validate.checks import Thresholds, consistency_checks, nve_checks, overall, parity_checks
-from compactmlip.validate.consistency import check_consistency
-from compactmlip.validate.heldout import HeldoutOptions, calmest, heldout_structures, typical
-from compactmlip.validate.nve import (
-    NVEResult,
-    NVESummary,
-    Trace,
-    affordable_steps,
-    equilibrate,
-    nve,
+from compactmlip.validate.checks import (
+    consistency_checks,
+    crystal_checks,
+    cutoff_checks,
+    engine_checks,
+    nve_checks,
+    overall,
+    parity_checks,
+    phonon_checks,
+    short_range_checks,
+    structure_checks,
 )
+from compactmlip.validate.consistency import check_consistency
+from compactmlip.validate.crystal import EVALUATIONS, CrystalComparison, compare_crystals
+from compactmlip.validate.cutoff import cutoff_step
+from compactmlip.validate.engines import EngineParity, compare_engines
+from compactmlip.validate.heldout import calmest, heldout_structures, typical
+from compactmlip.validate.options import ValidateOptions
 from compactmlip.validate.output import ValidationData, write_all
+from compactmlip.validate.paired import compare_speed, dynamics, seconds_per_step
 from compactmlip.validate.parity import Labels, ParityReport, evaluate_frames, parity
-from compactmlip.validate.speed import Speed, describe_machine, measure_speed
-from compactmlip.validate.supercells import MAX_ATOMS, near_size, supercell
+from compactmlip.validate.phonons import (
+    Phonons,
+    Spectra,
+    available as phonons_available,
+    compare_phonons,
+    displacements,
+)
+from compactmlip.validate.short_range import Approach, Curve, approach
+from compactmlip.validate.speed import Speed, describe_machine
+from compactmlip.validate.structure import compare_structure
+from compactmlip.validate.supercells import near_size
 
-TELLING_RUN = {"model": 1000, "teacher": 250}
-"""Steps that the NVE runs should have; the cell is chosen so that they fit into the time."""
-
-SHORTEST_RUN = 10
-"""Steps; a teacher that cannot do these within its budget is not simulated."""
-
-EQUILIBRATION_SHARE = 0.2
-"""Of the time for the model's NVE run, added to it for the equilibration."""
-
-OVERTIME = 1.5
-"""A run ends when it takes this many times its budget (something else is using the machine)."""
-
-
-class ValidateOptions(HeldoutOptions):
-    """Options of :func:`validate`.  Times are budgets: measured speeds decide what fits."""
-
-    teacher_frames: int = Field(
-        4, ge=0, description="labelled structures that the teacher is compared on as well"
-    )
-    temperature_K: float = Field(300.0, gt=0)
-    timestep_fs: float = Field(1.0, gt=0)
-    nve_ps: float = Field(4.0, gt=0, description="longest NVE run of the model, ps")
-    nve_seconds: float = Field(60.0, gt=0, description="time for the model's NVE run, s")
-    teacher_nve_seconds: float = Field(30.0, ge=0, description="time for the teacher's NVE run, s; 0: none")
-    speed_seconds: float = Field(12.0, gt=0, description="time for each size of the speed comparison, s")
-    sizes: tuple[int, ...] = Field((64, 216), description="about how many atoms speed is measured on")
-    repeats: int = Field(5, ge=1)
-    device: str = "cpu"
-    thresholds: Thresholds = Thresholds()
+SHORT_RANGE_ATOMS = 32
+"""About how many atoms are around two that come together."""
 
 
 def validate(
@@ -112,10 +100,20 @@ def validate(
     )
     start = usable[0] if origin.origin == "sampled" else calmest(heldout, reference)
     with _same_engine(paths, calculators) as alike:
-        speed = _speed(alike, start, options, progress)
-        run, teacher_run = _dynamics(alike, start, speed, options, progress)
+        speed = compare_speed(alike, start, options, progress)
+        run, teacher_run, cell = dynamics(alike, start, speed, options, progress)
+        apart, curves = _short_range(alike, start, options, progress)
+        at_rest, modes, spectra = _crystal(alike, start, speed, options)
+    structure = compare_structure(cell, run.positions, teacher_run.positions) if teacher_run else None
     data = ValidationData(
-        tuple(heldout), reference, predicted, run.trace, teacher_run.trace if teacher_run else None
+        tuple(heldout),
+        reference,
+        predicted,
+        run.trace,
+        teacher_run.trace if teacher_run else None,
+        tuple(curves),
+        spectra,
+        structure[1] if structure else None,
     )
     found = parity(heldout, reference, predicted)
     dtype = calculators["model"].spec.dtype
@@ -126,10 +124,19 @@ def validate(
         seed=options.seed,
         teacher=calculators["teacher"],
     )
+    present = {symbol for atoms in heldout for symbol in atoms.get_chemical_symbols()}
+    ends = cutoff_step(calculators["model"], sorted(present), calculators["model"].spec.cutoff)
+    engines = _engines(paths["model"], calculators["model"], start)
     checks = (
         *parity_checks(found, options.thresholds),
         *consistency_checks(consistency, dtype),
+        *engine_checks(engines, dtype),
+        *cutoff_checks(ends, options.thresholds),
         *nve_checks(run.summary, options.thresholds),
+        *structure_checks(structure[0] if structure else (), options.thresholds),
+        *crystal_checks(at_rest, options.thresholds),
+        *phonon_checks(modes, options.thresholds),
+        *short_range_checks(apart, options.temperature_K, options.thresholds),
     )
     certificate = cert.Certificate(
         created_utc=datetime.now(timezone.utc).replace(microsecond=0),
@@ -141,16 +148,21 @@ def validate(
         parity=found,
         teacher_parity=_teacher_parity(calculators["teacher"], heldout, reference, origin, options, progress),
         consistency=consistency,
+        engines=engines,
+        cutoff=ends,
         nve=run.summary,
         teacher_nve=teacher_run.summary if teacher_run else None,
+        structure=structure[0] if structure else (),
+        crystal=at_rest,
+        phonons=modes,
+        short_range=tuple(apart),
         speed=tuple(speed),
         stages=tuple(stages),
         machine=machine,
         software=cert.software_versions(),
         options=options.model_dump(mode="json", exclude={"thresholds"}, exclude_none=True),
     )
-    write_all(out, certificate, data, build_report(certificate, data))
-    return certificate
+    return write_all(out, certificate, data, build_report(certificate, data))
 
 
 def _usable(frames: Sequence[Atoms], calculators: dict[str, Any]) -> list[Atoms]:
@@ -219,90 +231,41 @@ def _same_engine(paths: dict[str, Path], calculators: dict[str, Any]) -> Iterato
         yield {**calculators, "teacher": _calculator(compiled, "cpu")}
 
 
-def _speed(
+def _engines(model: Path, calculator: Any, start: Atoms) -> tuple[EngineParity, ...]:
+    """Compare LAMMPS with ASE, for files that LAMMPS can run on several processes."""
+    from compactmlip.deploy.archive import inspect
+
+    if model.suffix != ".pt" or inspect(model)[1].backend != "kernels":
+        return ()
+    return compare_engines(model, calculator, near_size(start, SHORT_RANGE_ATOMS))
+
+
+def _short_range(
     calculators: dict[str, Any], start: Atoms, options: ValidateOptions, progress: bool
-) -> list[Speed]:
-    sizes = {len(s): s for s in (near_size(start, n) for n in options.sizes)}
-    rows = measure_speed(
-        calculators,
-        list(sizes.values()),
-        repeats=options.repeats,
-        max_seconds=options.speed_seconds,
-        seed=options.seed,
-        progress=progress,
-    )
-    return [row for row in rows if "model" in row.atoms_per_second]
+) -> tuple[list[Approach], list[Curve]]:
+    if not options.approach_points:
+        return [], []
+    cell, cutoff = near_size(start, SHORT_RANGE_ATOMS), calculators["model"].spec.cutoff
+    return approach(calculators, cell, cutoff, options.approach_points, progress=progress)
 
 
-def _dynamics(
-    calculators: dict[str, Any],
-    start: Atoms,
-    speed: Sequence[Speed],
-    options: ValidateOptions,
-    progress: bool,
-) -> tuple[NVEResult, NVEResult | None]:
-    """NVE of the model, and of the teacher from the same positions and momenta as far as time allows."""
-    cell = supercell(start, max_atoms=_affordable_atoms(start, speed, options))
-    shared: dict[str, Any] = {"temperature_K": options.temperature_K, "timestep_fs": options.timestep_fs}
-    per_step = _seconds_per_step("model", calculators, cell, speed)
-    longest = max(1, round(options.nve_ps * 1000 / options.timestep_fs))
-    steps = affordable_steps(per_step, options.nve_seconds, longest, SHORTEST_RUN)
-    warm_up = affordable_steps(per_step, EQUILIBRATION_SHARE * options.nve_seconds, 150, SHORTEST_RUN)
-    try:
-        ready = equilibrate(calculators["model"], cell, steps=warm_up, seed=options.seed, **shared)
-    except CompactMLIPError as error:
-        return _unstable(len(cell), options.timestep_fs, str(error)), None
-    show = {"progress": progress, **shared}
-    limit = OVERTIME * options.nve_seconds
-    result = nve(
-        calculators["model"], ready, steps=steps, max_seconds=limit, description="NVE, model", **show
-    )
-    if not options.teacher_nve_seconds:
-        return result, None
-    per_step = _seconds_per_step("teacher", calculators, cell, speed)
-    steps = affordable_steps(per_step, options.teacher_nve_seconds, steps)
-    if steps < SHORTEST_RUN:
-        return result, None
-    limit = OVERTIME * options.teacher_nve_seconds
-    own = nve(
-        calculators["teacher"], ready, steps=steps, max_seconds=limit, description="NVE, teacher", **show
-    )
-    return result, own
+def _crystal(
+    calculators: dict[str, Any], start: Atoms, speed: Sequence[Speed], options: ValidateOptions
+) -> tuple[CrystalComparison | None, Phonons | None, Spectra | None]:
+    """Elastic constants and phonons at rest, of periodic structures for which the time is enough."""
+    if not start.pbc.all():
+        return None, None, None
 
+    def seconds(atoms: Atoms) -> float:
+        return sum(seconds_per_step(name, calculators, atoms, speed) for name in ("model", "teacher"))
 
-def _affordable_atoms(start: Atoms, speed: Sequence[Speed], options: ValidateOptions) -> int:
-    """Largest cell of which both can simulate enough steps for a drift within their budgets.
-
-    A small cell conserves energy no better than a large one, but a run that is too short tells nothing.
-    """
-    budgets = {"model": options.nve_seconds, "teacher": options.teacher_nve_seconds}
-    atoms = float(MAX_ATOMS)
-    for name, seconds in budgets.items():
-        rates = [row.atoms_per_second[name] for row in speed if name in row.atoms_per_second]
-        if rates and seconds:
-            atoms = min(atoms, max(rates) * seconds / TELLING_RUN[name])
-    return max(len(start), int(atoms))
-
-
-def _seconds_per_step(name: str, calculators: dict[str, Any], cell: Atoms, speed: Sequence[Speed]) -> float:
-    """Estimate from the measured speeds, or from one more measurement where there is none."""
-    rows = [row for row in speed if name in row.atoms_per_second]
-    if not rows:
-        rows = measure_speed({name: calculators[name]}, [cell], repeats=1)
-    nearest = min(rows, key=lambda row: abs(np.log(row.atoms / len(cell))))
-    return len(cell) / nearest.atoms_per_second[name]
-
-
-def _unstable(atoms: int, timestep_fs: float, reason: str) -> NVEResult:
-    empty = np.zeros(0)
-    summary = NVESummary(
-        atoms=atoms,
-        steps=0,
-        timestep_fs=timestep_fs,
-        mean_temperature_K=float("nan"),
-        seconds_per_step=float("nan"),
-        stable=False,
-        reason=reason,
-        drift=None,
-    )
-    return NVEResult(summary, Trace(empty, empty, empty, empty))
+    if EVALUATIONS * seconds(start) > options.crystal_seconds:
+        return None, None, None
+    model, teacher = calculators["model"], calculators["teacher"]
+    found, relaxed = compare_crystals(model, teacher, start)
+    if not (phonons_available() and found.model.relaxed and found.teacher.relaxed):
+        return found, None, None
+    count, atoms = displacements(relaxed[1])
+    if count * seconds(near_size(start, atoms)) > options.crystal_seconds:
+        return found, None, None
+    return found, *compare_phonons(model, teacher, relaxed, options.temperature_K)

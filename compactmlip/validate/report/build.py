@@ -20,10 +20,14 @@ from compactmlip.validate.report.formats import (
     signed,
     times,
 )
+from compactmlip.validate.report.physics import approach_figure, phonons_figure, rdf_figure
 
 if TYPE_CHECKING:
     from compactmlip.validate.output import ValidationData
 
+
+ELASTIC_SHOWN = ((0, 0), (1, 1), (2, 2), (0, 1), (0, 2), (1, 2), (3, 3), (4, 4), (5, 5))
+"""Elastic constants in the table; the certificate has all."""
 
 OWN_LABELS = 1.0
 """meV/Angstrom and meV/atom; labels that the teacher reproduces better than this were made by it."""
@@ -56,6 +60,7 @@ def build_report(certificate: Certificate, data: ValidationData) -> str:
         summary=_summary(certificate),
         headline=_headline(certificate),
         rows=_stage_rows(certificate),
+        crystal_rows=_crystal_rows(certificate),
         heldout_text=_heldout_text(certificate),
         nve_text=_nve_text(certificate),
         limits=_limits(certificate),
@@ -72,6 +77,9 @@ def _figures(c: Certificate, data: ValidationData) -> dict[str, str]:
         "nve": figures.nve_figure(data.trace, c.nve, data.teacher_trace, c.teacher_nve)
         if c.nve.steps
         else "",
+        "rdf": rdf_figure(data.functions) if data.functions else "",
+        "phonons": phonons_figure(data.spectra) if data.spectra else "",
+        "short_range": approach_figure(data.curves, c.short_range) if data.curves else "",
         "speed": figures.speed_figure(c.speed) if c.speed else "",
     }
 
@@ -125,6 +133,22 @@ def _stage_rows(c: Certificate) -> list[Stage]:
         stress_mae=parity.stress.mae if parity.stress else None,
     )
     return [*(c.stages or [first]), last]
+
+
+def _crystal_rows(c: Certificate) -> list[tuple[str, str, float, float]]:
+    """Quantity, unit, model, teacher."""
+    if c.crystal is None:
+        return []
+    model, teacher = c.crystal.model, c.crystal.teacher
+    rows = [
+        ("energy", "eV/atom", model.energy, teacher.energy),
+        ("volume", "A^3/atom", model.volume, teacher.volume),
+        ("bulk modulus", "GPa", model.bulk_modulus, teacher.bulk_modulus),
+        ("its pressure derivative", "", model.pressure_derivative, teacher.pressure_derivative),
+    ]
+    for i, j in ELASTIC_SHOWN:
+        rows.append((f"C{i + 1}{j + 1}", "GPa", model.elastic[i][j], teacher.elastic[i][j]))
+    return [*rows, ("softest elastic mode", "GPa", model.softest, teacher.softest)]
 
 
 def _heldout_text(c: Certificate) -> str:

@@ -1,0 +1,93 @@
+"""Figures of short distances, phonons and radial distribution functions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from compactmlip.validate.phonons import Spectra
+from compactmlip.validate.report.figures import INK, MODEL, TEACHER, render_svg, styled
+from compactmlip.validate.short_range import Approach, Curve
+from compactmlip.validate.structure import Functions
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+COLUMNS = 3
+"""Panels beside each other."""
+
+BROADENING = 0.015
+"""Width of the Gaussians of the density of states, relative to the highest frequency."""
+
+
+@styled
+def approach_figure(curves: Sequence[Curve], summaries: Sequence[Approach]) -> str:
+    """One panel for each pair of species: energies of model and teacher, on a scale linear up to 1 eV."""
+    figure, panels = _grid(len(curves))
+    for axes, curve, summary in zip(panels, curves, summaries, strict=False):
+        for name, colour in (("teacher", TEACHER), ("model", MODEL)):
+            if name in curve.energies:
+                axes.plot(curve.distances, curve.energies[name], color=colour, linewidth=1.3, label=name)
+        if summary.hole is not None:
+            top = np.interp(summary.hole, curve.distances[::-1], curve.energies["model"][::-1])
+            axes.plot(summary.hole, top, "o", color=MODEL, markersize=7, markerfacecolor="none")
+        axes.set_yscale("symlog", linthresh=1.0)
+        axes.set_title(curve.pair, fontsize=10)
+        axes.set_xlabel("distance (Å)")
+    panels[0].set_ylabel("energy (eV)")
+    panels[0].legend(loc="best")
+    return render_svg(
+        figure, "approach", "Energy against the distance of two atoms for each pair of species."
+    )
+
+
+@styled
+def phonons_figure(spectra: Spectra) -> str:
+    """Densities of states of model and teacher."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.6, 2.6), layout="constrained")
+    axes = figure.subplots()
+    axes.grid(color=INK, alpha=0.12, linewidth=0.6)
+    low = min(0.0, float(spectra.model.min()), float(spectra.teacher.min()))
+    high = max(float(spectra.model.max()), float(spectra.teacher.max()))
+    x = np.linspace(1.05 * low, 1.05 * high, 400)
+    for found, colour, label in ((spectra.teacher, TEACHER, "teacher"), (spectra.model, MODEL, "model")):
+        y = np.exp(-0.5 * ((x[:, None] - found.ravel()) / (BROADENING * high)) ** 2).sum(axis=1)
+        axes.plot(x, y / y.max(), color=colour, linewidth=1.3, label=label)
+    axes.set_xlabel("frequency (THz)")
+    axes.set_yticks([])
+    axes.legend(loc="upper left")
+    return render_svg(figure, "phonons", "Phonon density of states of model and teacher.")
+
+
+@styled
+def rdf_figure(functions: Functions) -> str:
+    """One panel for each pair of species."""
+    figure, panels = _grid(len(functions.teacher))
+    for axes, pair in zip(panels, functions.teacher, strict=False):
+        axes.plot(functions.distances, functions.teacher[pair], color=TEACHER, linewidth=1.6, label="teacher")
+        axes.plot(functions.distances, functions.model[pair], color=MODEL, linewidth=1.0, label="model")
+        axes.set_title(pair, fontsize=10)
+        axes.set_xlabel("distance (Å)")
+    panels[0].set_ylabel("g(r)")
+    panels[0].legend(loc="best")
+    return render_svg(figure, "rdf", "Radial distribution functions of model and teacher.")
+
+
+def _grid(count: int) -> tuple[Figure, list[Axes]]:
+    """Panels, ``count`` of them with axes."""
+    from matplotlib.figure import Figure
+
+    columns = min(COLUMNS, count)
+    rows = -(-count // columns)
+    figure = Figure(figsize=(2.6 * columns + 0.6, 2.4 * rows + 0.3), layout="constrained")
+    panels = list(figure.subplots(rows, columns, squeeze=False).ravel())
+    for axes in panels[:count]:
+        axes.grid(color=INK, alpha=0.12, linewidth=0.6)
+    for axes in panels[count:]:
+        axes.set_axis_off()
+    return figure, panels

@@ -1,0 +1,199 @@
+"""Structure in dynamics: radial distribution functions of model and teacher from the same start.
+
+Allen and Tildesley, Computer Simulation of Liquids, 2nd ed., section 2.6.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from ase import Atoms
+from pydantic import BaseModel, ConfigDict
+
+from compactmlip.data.neighbors import VerletList
+from compactmlip.validate.parity import Array
+
+RANGE = 6.0
+"""Angstrom"""
+
+WIDTH = 0.05
+"""Angstrom; of a bin."""
+
+FEWEST_FRAMES = 8
+"""Of each run; fewer say nothing about a distribution."""
+
+
+class Peak(BaseModel):
+    """First peak of a radial distribution function.
+
+    Attributes
+    ----------
+    position, height
+        Angstrom and dimensionless, of the parabola through the highest bin of the first shell.
+    coordination
+        Neighbours of the second species around one of the first, up to the minimum behind the peak.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
+    position: float
+    height: float
+    coordination: float
+
+
+class Distribution(BaseModel):
+    """One pair of species in model and teacher.
+
+    Attributes
+    ----------
+    pair
+        "Mg-O".
+    model, teacher
+        First peaks.
+    error
+        Integral of the absolute difference over that of the teacher's function, percent.
+    noise
+        What ``error`` would be between two runs of this length in one potential, from the halves of the
+        teacher's run.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
+    pair: str
+    model: Peak
+    teacher: Peak
+    error: float
+    noise: float
+
+    @property
+    def excess(self) -> float:
+        """Percent by which the error is beyond twice the noise, at least 0."""
+        return max(0.0, self.error - 2 * self.noise)
+
+
+@dataclass(frozen=True)
+class Functions:
+    """Radial distribution functions: distances (bins,), and by pair (bins,) of model and teacher."""
+
+    distances: Array
+    model: dict[str, Array]
+    teacher: dict[str, Array]
+
+
+def compare_structure(
+    atoms: Atoms, model: Array, teacher: Array
+) -> tuple[tuple[Distribution, ...], Functions] | None:
+    """Compare two runs from one start over the time that both have.
+
+    Parameters
+    ----------
+    atoms
+        Species and cell, periodic in all directions.
+    model, teacher
+        (frames, N, 3) positions at the same times.
+
+    Returns
+    -------
+    Summaries by pair, and the functions; None where a run is too short or the structure is not periodic.
+    """
+    length = min(len(model), len(teacher))
+    if length < FEWEST_FRAMES or not atoms.pbc.all():
+        return None
+    distances, own = radial_distributions(atoms, model[:length])
+    _, other = radial_distributions(atoms, teacher[:length])
+    found = []
+    for pair, functions in other.items():
+        reference, mine = functions.mean(axis=0), own[pair].mean(axis=0)
+        if not reference.any():
+            continue
+        halves = [part.mean(axis=0) for part in np.array_split(functions, 2)]
+        total = np.abs(reference).sum()
+        density = atoms.get_chemical_symbols().count(pair.split("-")[1]) / atoms.get_volume()
+        found.append(
+            Distribution(
+                pair=pair,
+                model=first_peak(distances, mine, density),
+                teacher=first_peak(distances, reference, density),
+                error=100 * float(np.abs(mine - reference).sum() / total),
+                # The difference of the halves has twice the variance of that of two whole runs.
+                noise=100 * float(np.abs(halves[0] - halves[1]).sum() / total / np.sqrt(2)),
+            )
+        )
+    return tuple(found), Functions(distances, _means(own), _means(other))
+
+
+def radial_distributions(atoms: Atoms, positions: Array) -> tuple[Array, dict[str, Array]]:
+    """Radial distribution functions of each frame.
+
+    Parameters
+    ----------
+    atoms
+        Species and cell, periodic in all directions.
+    positions
+        (frames, N, 3) Angstrom.
+
+    Returns
+    -------
+    Middles of the bins (bins,), and by pair "A-B" with A <= B (frames, bins); 1 in an ideal gas.
+    """
+    symbols = np.array(atoms.get_chemical_symbols())
+    kinds = sorted(set(symbols.tolist()))
+    edges = np.arange(0.0, RANGE + WIDTH / 2, WIDTH)
+    shells = 4 / 3 * np.pi * np.diff(edges**3)
+    pairs = [(a, b) for k, a in enumerate(kinds) for b in kinds[k:]]
+    found = {f"{a}-{b}": np.zeros((len(positions), len(shells))) for a, b in pairs}
+    system, search = atoms.copy(), VerletList(RANGE, skin=0.5)
+    for k, frame in enumerate(positions):
+        system.positions = frame
+        centers, neighbors, vectors = search.edges(system)
+        lengths = np.linalg.norm(vectors, axis=1)
+        for a, b in pairs:
+            chosen = (symbols[centers] == a) & (symbols[neighbors] == b)
+            counts, _ = np.histogram(lengths[chosen], edges)
+            expected = (symbols == a).sum() * (symbols == b).sum() / atoms.get_volume() * shells
+            found[f"{a}-{b}"][k] = counts / expected
+    return 0.5 * (edges[1:] + edges[:-1]), found
+
+
+def first_peak(distances: Array, function: Array, density: float) -> Peak:
+    """First peak of a radial distribution function.
+
+    Parameters
+    ----------
+    distances, function
+        (bins,) evenly spaced Angstrom, and g(r).
+    density
+        Atoms of the second species per Angstrom^3.
+    """
+    smooth = np.convolve(function, [0.25, 0.5, 0.25], mode="same")
+    # The first shell ends at the first minimum below half of its peak, or at the lowest point behind it.
+    top = int(np.argmax(smooth))
+    rising = 0
+    for k in range(1, len(smooth) - 1):
+        rising = k if smooth[k] > smooth[rising] else rising
+        if smooth[rising] > 0.5 and smooth[k] < 0.5 * smooth[rising] and smooth[k] <= smooth[k + 1]:
+            top = rising
+            break
+    end = top + 1
+    while end < len(smooth) - 1 and smooth[end] > smooth[end + 1]:
+        end += 1
+    shells = 4 * np.pi * distances**2 * (distances[1] - distances[0])
+    coordination = float((density * function * shells)[: end + 1].sum())
+    position, height = _vertex(distances, smooth, top)
+    return Peak(position=position, height=height, coordination=coordination)
+
+
+def _vertex(x: Array, y: Array, k: int) -> tuple[float, float]:
+    """Highest point of the parabola through three points."""
+    if not 0 < k < len(x) - 1:
+        return float(x[k]), float(y[k])
+    left, here, right = y[k - 1], y[k], y[k + 1]
+    curvature = left - 2 * here + right
+    if curvature >= 0:
+        return float(x[k]), float(here)
+    shift = 0.5 * (left - right) / curvature
+    return float(x[k] + shift * (x[1] - x[0])), float(here - 0.25 * (left - right) * shift)
+
+
+def _means(functions: Mapping[str, Array]) -> dict[str, Array]:
+    return {pair: f.mean(axis=0) for pair, f in functions.items()}

@@ -1,0 +1,116 @@
+"""Radial distribution functions of structures for which they are known."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from ase import Atoms
+from ase.build import bulk
+
+from compactmlip.validate.checks import Thresholds, structure_checks
+from compactmlip.validate.report import build_report
+from compactmlip.validate.structure import (
+    FEWEST_FRAMES,
+    RANGE,
+    Distribution,
+    compare_structure,
+    first_peak,
+    radial_distributions,
+)
+
+
+def thermal(atoms: Atoms, frames: int, amplitude: float, seed: int, scale: float = 1.0) -> np.ndarray:
+    """Independent displacements about (scaled) sites."""
+    random = np.random.default_rng(seed)
+    return np.array(
+        [scale * atoms.positions + random.normal(0, amplitude, (len(atoms), 3)) for _ in range(frames)]
+    )
+
+
+@pytest.fixture(scope="module")
+def crystal() -> Atoms:
+    return bulk("MgO", "rocksalt", a=4.21, cubic=True).repeat(2)
+
+
+def test_ideal_gas() -> None:
+    """One everywhere, also beyond half of the box."""
+    random = np.random.default_rng(0)
+    atoms = Atoms("Ar150He150", cell=[10, 11, 12], pbc=True)
+    frames = random.uniform(0, 1, (60, 300, 3)) @ atoms.cell.array
+    r, found = radial_distributions(atoms, frames)
+    assert set(found) == {"Ar-Ar", "Ar-He", "He-He"} and r[-1] == pytest.approx(RANGE - 0.025)
+    far = r > 1.5
+    assert found["Ar-He"][:, far].mean() == pytest.approx(1, abs=0.01)
+    assert found["Ar-Ar"][:, far].mean() == pytest.approx(149 / 150, abs=0.01)
+    assert np.std(found["Ar-He"].mean(axis=0)[far]) < 0.1
+
+
+def test_shells_of_rock_salt(crystal: Atoms) -> None:
+    r, found = radial_distributions(crystal, thermal(crystal, 20, 0.05, 0))
+    density = 32 / crystal.get_volume()
+    opposite = first_peak(r, found["Mg-O"].mean(axis=0), density)
+    assert opposite.position == pytest.approx(4.21 / 2, abs=0.02)
+    assert opposite.coordination == pytest.approx(6, abs=0.02)
+    same = first_peak(r, found["Mg-Mg"].mean(axis=0), density)
+    assert same.position == pytest.approx(4.21 / np.sqrt(2), abs=0.02)
+    assert same.coordination == pytest.approx(12, abs=0.02)
+
+
+def test_peak_height_of_a_gaussian_shell() -> None:
+    """A shell of n atoms, of Gaussian width s at r0, has the height n / (rho 4 pi r0^2 s sqrt(2 pi))."""
+    r = np.arange(0.025, 6, 0.05)
+    n, r0, s, density = 4.0, 2.7, 0.15, 0.03
+    shell = n / (density * 4 * np.pi * r**2) * np.exp(-((r - r0) ** 2) / 2 / s**2) / (s * np.sqrt(2 * np.pi))
+    found = first_peak(r, shell + (r > 3.6) * 1.0, density)
+    assert found.position == pytest.approx(r0 - 2 * s**2 / r0, abs=0.005)
+    assert found.height == pytest.approx(n / (density * 4 * np.pi * r0**2 * s * np.sqrt(2 * np.pi)), rel=0.05)
+    assert found.coordination == pytest.approx(n, rel=0.02)
+
+
+def test_same_potential_is_noise_and_another_is_not(crystal: Atoms) -> None:
+    teacher = thermal(crystal, 40, 0.08, 1)
+    compared = compare_structure(crystal, thermal(crystal, 60, 0.08, 2), teacher)
+    assert compared is not None
+    for row in compared[0]:
+        assert 0 < row.error < 2 * row.noise and row.excess == 0
+    assert [c.verdict for c in structure_checks(compared[0], Thresholds())] == ["pass"]
+    hotter = compare_structure(crystal, thermal(crystal, 40, 0.16, 3), teacher)
+    assert hotter is not None and all(row.excess > 20 for row in hotter[0])
+    assert [c.verdict for c in structure_checks(hotter[0], Thresholds())] == ["fail"]
+    assert all(row.model.height < 0.7 * row.teacher.height for row in hotter[0])
+    swelled = compare_structure(crystal, thermal(crystal, 40, 0.08, 3, scale=1.02), teacher)
+    assert swelled is not None and max(row.excess for row in swelled[0]) > 5
+
+
+def test_false_alarms(crystal: Atoms) -> None:
+    """Two runs in one potential hardly ever differ by more than twice the noise."""
+    excess = []
+    for seed in range(12):
+        runs = (thermal(crystal, 12, 0.08, 2 * seed), thermal(crystal, 12, 0.08, 2 * seed + 1))
+        compared = compare_structure(crystal, *runs)
+        assert compared is not None
+        excess += [row.excess for row in compared[0]]
+    assert np.mean(np.array(excess) > 0) < 0.03
+
+
+def test_too_short_or_not_periodic(crystal: Atoms) -> None:
+    few = thermal(crystal, FEWEST_FRAMES - 1, 0.05, 0)
+    assert compare_structure(crystal, few, few) is None
+    slab = crystal.copy()
+    slab.pbc = (True, True, False)
+    enough = thermal(crystal, FEWEST_FRAMES, 0.05, 0)
+    assert compare_structure(slab, enough, enough) is None
+    assert structure_checks((), Thresholds()) == []
+
+
+def test_in_the_report(evidence: Any, crystal: Atoms) -> None:
+    compared = compare_structure(crystal, thermal(crystal, 9, 0.05, 0), thermal(crystal, 9, 0.05, 1))
+    assert compared is not None and isinstance(compared[0][0], Distribution)
+    certificate, data = evidence()
+    html = build_report(
+        certificate.model_copy(update={"structure": compared[0]}), replace(data, functions=compared[1])
+    )
+    assert "Structure in dynamics" in html and "figure-rdf" in html
