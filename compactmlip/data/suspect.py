@@ -73,8 +73,6 @@ def suspected_energies(labels: np.ndarray, predictions: np.ndarray, counts: np.n
     if total is None:
         return []
     found = _suspicion(total, ENERGY_UNITS, "energies", "--energy-unit")
-    if found:
-        return found
     whole = Comparison.of(without_composition(labels * sizes, counts), x)
     apart = abs(np.log(abs(total.slope) or 1e-300))
     if (
@@ -88,8 +86,9 @@ def suspected_energies(labels: np.ndarray, predictions: np.ndarray, counts: np.n
             "times when multiplied by the number of atoms: they look like energies per atom (--set "
             "labels.energy_per_atom=true)."
         )
-        return [Finding("units", text)]
-    return []
+        # With a constant number of atoms near a unit's factor, both are possible.
+        return [Finding("units", " ".join([*(f.message for f in found), text]))]
+    return found
 
 
 def suspected_forces(labels: np.ndarray, predictions: np.ndarray) -> list[Finding]:

@@ -29,7 +29,7 @@ from compactmlip.train.breakdown import Row, by_config_type
 from compactmlip.train.dataset import Dataset
 from compactmlip.train.distil import best_model, record_training
 from compactmlip.train.finetune_options import ALL_SPECIES, FinetuneOptions
-from compactmlip.train.forgetting import labelled_by, replay_structures
+from compactmlip.train.forgetting import Forgetting, labelled_by, measure_forgetting, replay_structures
 from compactmlip.train.loop import fit
 from compactmlip.train.loss import Residuals
 from compactmlip.train.metrics import Errors, dataset_residuals, summarise
@@ -41,8 +41,8 @@ from compactmlip.train.trainable import add_low_rank, freeze, merge_low_rank
 MODEL_FILE, START_FILE = "model.safetensors", "start.json"
 
 NOTHING_BETTER = (
-    "no epoch had a lower validation loss than the start, so the model is its parent with shifted energies; try a "
-    "smaller lr, or more time"
+    "no epoch had a lower validation loss than the start, so the model is its parent with shifted energies; "
+    "try a smaller lr, or more time"
 )
 
 Say = Callable[[str], None]
@@ -79,19 +79,6 @@ class SetErrors:
     after: Errors
     rows_before: list[Row]
     rows_after: list[Row]
-
-
-@dataclass(frozen=True)
-class Forgetting:
-    """Errors of the fine-tuned model against its parent's labels on one kind of structures.
-
-    ``mean_force`` is the mean absolute component of the parent's forces, meV/Angstrom.
-    """
-
-    name: str
-    frames: int
-    errors: Errors
-    mean_force: float
 
 
 @dataclass(frozen=True)
@@ -183,6 +170,7 @@ def finetune(
     dtype = checkpoint.DTYPES[options.dtype]
     full = cast(copy.deepcopy(parent), dtype)
     slim = keep_species(full, _species(full, data, options))
+    _choose_trained(copy.deepcopy(slim), options)  # options that do not fit are refused before any work
     removed = tuple(s for s in model_spec(full).species if s not in model_spec(slim).species)
     train = _dataset(data.train, slim, dtype, "the training set", options, weighted=True)
     valid = _dataset(data.valid, slim, dtype, "the validation set", options, weighted=True)
@@ -197,7 +185,7 @@ def finetune(
         say(f"note: {note}")
     if options.replay_structures:
         train = _with_replay(train, start, data, dtype, options)
-    state = _prepared(start, options, removed, reference)
+    state = _prepared(start, options, removed)
     saved = folder.load()
     if saved is not None:
         state.restore(saved)
@@ -351,18 +339,22 @@ def _with_replay(
     return Dataset((*train.structures, *more.structures), train.species)
 
 
-def _prepared(
-    start: nn.Module, options: FinetuneOptions, removed: Sequence[str], reference: ReferenceEnergies
-) -> TrainingState:
+def _prepared(start: nn.Module, options: FinetuneOptions, removed: Sequence[str]) -> TrainingState:
     """State before the first step: a copy of the model, partly frozen."""
-    model = copy.deepcopy(start).requires_grad_(True)
+    model = copy.deepcopy(start)
     if removed:
         record_step(model, "keep species", species=list(model_spec(model).species))
+    return TrainingState(_choose_trained(model, options), options)
+
+
+def _choose_trained(model: nn.Module, options: FinetuneOptions) -> nn.Module:
+    """Freeze what is not trained, in place, and return the model."""
+    model.requires_grad_(True)
     if options.lora_rank is not None:
         add_low_rank(model, options.lora_rank, options.seed)
     else:
         freeze(model, options.freeze)
-    return TrainingState(model, options)
+    return model
 
 
 def _errors(start: nn.Module, best: nn.Module, dataset: Dataset, frames: Sequence[Atoms]) -> SetErrors:
@@ -380,7 +372,7 @@ def _errors(start: nn.Module, best: nn.Module, dataset: Dataset, frames: Sequenc
 def _forgetting(
     start: nn.Module, best: nn.Module, data: FinetuneData, dtype: torch.dtype, options: FinetuneOptions
 ) -> list[Forgetting]:
-    """Errors against the parent's labels, its energies shifted, on structures that were not trained on."""
+    """Compare with the parent on structures that were not trained on."""
     number = options.forgetting_structures
     kinds: dict[str, Sequence[Atoms]] = {}
     if number:
@@ -388,12 +380,4 @@ def _forgetting(
         kinds |= {"perturbed training structures": drawn.perturbed}
         kinds |= {"the same with other species": drawn.substituted}
     kinds["the replay set given"] = data.replay
-    found = []
-    for name, structures in kinds.items():
-        if not structures:
-            continue
-        dataset = Dataset.from_frames(labelled_by(start, structures), model_spec(start), dtype, name)
-        forces = torch.cat([s.forces for s in dataset.structures]).abs().mean()
-        errors = summarise(dataset_residuals(best, dataset), dataset)
-        found.append(Forgetting(name, len(structures), errors, 1e3 * float(forces)))
-    return found
+    return [measure_forgetting(start, best, name, s, dtype) for name, s in kinds.items() if s]

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from ase import Atoms
 from ase.data import atomic_numbers, covalent_radii
 from torch import nn
@@ -14,6 +15,9 @@ from compactmlip.data.label import ENERGIES
 from compactmlip.data.perturb import bare, deformed, displaced, random_deformation, shortest_ratio
 from compactmlip.data.read import ENERGY, FORCES, STRESS, full_to_voigt
 from compactmlip.data.teacher import evaluate as evaluate_frames
+from compactmlip.models import model_spec
+from compactmlip.train.dataset import Dataset
+from compactmlip.train.metrics import Errors, dataset_residuals, summarise
 
 DISPLACEMENTS, STRAIN, SHEAR = (0.03, 0.25), 0.06, 0.04
 """Angstrom, and largest strains, of the structures that are made."""
@@ -39,6 +43,19 @@ class Replay:
 
     perturbed: tuple[Atoms, ...]
     substituted: tuple[Atoms, ...]
+
+
+@dataclass(frozen=True)
+class Forgetting:
+    """Errors of the fine-tuned model against its parent's labels on one kind of structures.
+
+    ``mean_force`` is the mean absolute component of the parent's forces, meV/Angstrom.
+    """
+
+    name: str
+    frames: int
+    errors: Errors
+    mean_force: float
 
 
 def replay_structures(
@@ -108,3 +125,13 @@ def labelled_by(model: nn.Module, frames: Sequence[Atoms]) -> list[Atoms]:
                 atoms.info[STRESS] = full_to_voigt(found.stress)
             out.append(atoms)
     return out
+
+
+def measure_forgetting(
+    start: nn.Module, tuned: nn.Module, name: str, frames: Sequence[Atoms], dtype: torch.dtype
+) -> Forgetting:
+    """Errors of a fine-tuned model against the labels of the model that it started from."""
+    dataset = Dataset.from_frames(labelled_by(start, frames), model_spec(start), dtype, name)
+    forces = torch.cat([s.forces for s in dataset.structures]).abs().mean()
+    errors = summarise(dataset_residuals(tuned, dataset), dataset)
+    return Forgetting(name, len(frames), errors, 1e3 * float(forces))

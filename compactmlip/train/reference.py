@@ -106,8 +106,13 @@ def fit_reference(
                 f"isolated atoms would leave {1e3 * mae['isolated']:.3g} meV/atom, least squares leave "
                 f"{1e3 * mae['least-squares']:.3g}; --e0 isolated uses the isolated atoms all the same"
             )
+    absent = [s for s in species if s not in present and not shifts[str(choice)][s]]
+    if absent and choice != "parent":
+        note += (
+            f"{'; ' if note else ''}{', '.join(absent)} are not in the data and keep the parent's energies"
+        )
     if choice == "least-squares" and rank < len(present):
-        note = (
+        note += ("; " if note else "") + (
             f"the data determine only {rank} combinations of the energies of {len(present)} species: "
             "other compositions may be off by a constant per formula unit"
         )

@@ -43,6 +43,13 @@ def test_energies_per_atom(energies: tuple[np.ndarray, np.ndarray]) -> None:
     assert "energies per atom" in found.message and "energy_per_atom=true" in found.message
 
 
+def test_energies_per_atom_of_structures_of_one_size_may_also_be_hartree(rng: np.random.Generator) -> None:
+    counts = np.full((12, 1), 27.0)
+    strain = 27 * rng.normal(0, 0.1, 12)
+    (found,) = suspected_energies(-5.0 + 1.05 * strain / 27, -100 + strain, counts)
+    assert "look like Hartree" in found.message and "look like energies per atom" in found.message
+
+
 def test_energies_converted_twice(energies: tuple[np.ndarray, np.ndarray]) -> None:
     labels, predictions = energies
     (found,) = suspected_energies(labels * units.Hartree, predictions, COUNTS)
