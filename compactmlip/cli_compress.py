@@ -257,9 +257,7 @@ def _within(
         latency = measured_latency(teacher, graphs, shapes, setting, seed=seed, progress=progress)
     cost = cost_of(bound.kind, shapes, setting, latency)
     whole = Plan.of(full_channels(shapes), odd_paths=True)
-    plan = allocate(
-        shapes, scores, cost, bound.bound(cost(whole)), round_to=round_to, template=template
-    )
+    plan = allocate(shapes, scores, cost, bound.bound(cost(whole)), round_to=round_to, template=template)
     made_by = {"budget": text, "round_to": round_to, "cost": cost(plan), "cost_uncut": cost(whole)}
     return plan.model_copy(update={"made_by": made_by}), scores
 
@@ -268,7 +266,9 @@ def search(
     model: Model,
     data: Annotated[
         list[Path],
-        typer.Option("--data", help="Structures for the refits and, held out, for the errors; no labels needed."),
+        typer.Option(
+            "--data", help="Structures for the refits and, held out, for the errors; no labels needed."
+        ),
     ],
     speedup: Annotated[
         str | None, typer.Option(help="How much faster than the deployed model itself, for instance 8x.")

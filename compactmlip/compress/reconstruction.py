@@ -19,7 +19,14 @@ from compactmlip.channels import ChannelGroup
 from compactmlip.compress.tapped import Scores, group_sizes
 from compactmlip.data.graph import MAX_EDGES, GraphBatch, batches_by_edges, collate
 from compactmlip.errors import InputError
-from compactmlip.models import channel_graph, linear_stages, model_device, model_dtype, model_spec, start_state
+from compactmlip.models import (
+    channel_graph,
+    linear_stages,
+    model_device,
+    model_dtype,
+    model_spec,
+    start_state,
+)
 from compactmlip.models.stages import Fit
 from compactmlip.progress import Track
 

@@ -90,9 +90,7 @@ def stability(
 
 
 def _mean(parts: Sequence[Agreement]) -> Agreement:
-    return Agreement(
-        float(np.mean([p.spearman for p in parts])), float(np.mean([p.overlap for p in parts]))
-    )
+    return Agreement(float(np.mean([p.spearman for p in parts])), float(np.mean([p.overlap for p in parts])))
 
 
 def summary(agreements: Mapping[str, Agreement]) -> Agreement:

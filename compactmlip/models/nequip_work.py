@@ -35,9 +35,7 @@ def _later(arch: NequIPArchitecture, t: int) -> Work:
     kept = {
         l: gates[l] for l in range(min(len(gates), len(into))) if into[l] and arch.self_connection != "none"
     }
-    maps = {
-        l: (into[l], sent.get(l, 0) + kept.get(l, 0)) for l in range(len(into)) if l in sent or l in kept
-    }
+    maps = {l: (into[l], sent.get(l, 0) + kept.get(l, 0)) for l in range(len(into)) if l in sent or l in kept}
     paths = {path: layer.up[path[0]] for path in layer.paths}
     rows = {l: sum(padded(size) for p, size in paths.items() if p[2] == l) for l in range(len(gates))}
     down = {l: (rows[l], gates[l]) for l in rows if rows[l] and gates[l]}

@@ -91,7 +91,13 @@ class Evaluator:
     """
 
     def __init__(
-        self, teacher: nn.Module, frames: Frames, shapes: Shapes, scores: Scores, damping: float, seed: int = 0
+        self,
+        teacher: nn.Module,
+        frames: Frames,
+        shapes: Shapes,
+        scores: Scores,
+        damping: float,
+        seed: int = 0,
     ) -> None:
         self.teacher, self.shapes, self.scores, self.damping = teacher, shapes, scores, damping
         graphs = [build_graph(a, model_spec(teacher), model_dtype(teacher)) for a in frames.fit]

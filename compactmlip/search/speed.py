@@ -209,5 +209,3 @@ def measured_latency(
     watch.measure(probe_plans(shapes), progress)
     fitted = watch.fitted()
     return lambda plan: fitted.reference_seconds * fitted.relative_time(work(shapes.pruned(plan)))
-
-

@@ -57,8 +57,11 @@ def test_plans_meet_their_budget(small_model: nn.Module, family: str, kind: str)
     bound = least + 0.4 * (cost(full) - least)
     plan = allocate(shapes, scores, cost, bound, round_to=2, template=full)
     assert cost(plan) <= bound
-    assert all(c % 2 == 0 or c == f for got, was in zip(plan.channels, full.channels, strict=True)
-               for c, f in zip(got, was, strict=False))
+    assert all(
+        c % 2 == 0 or c == f
+        for got, was in zip(plan.channels, full.channels, strict=True)
+        for c, f in zip(got, was, strict=False)
+    )
     pruned = prune(model, shapes.masks(plan, scores))
     assert num_parameters(pruned) == shapes.num_parameters(plan)
     assert num_parameters(pruned) < num_parameters(model)
@@ -71,9 +74,7 @@ def test_channels_that_matter_stay(small_model: nn.Module) -> None:
     full = Plan.of(full_channels(shapes))
     plan = allocate(shapes, scores, cost, 0.4 * cost(full), round_to=1)
     assert plan.channels[0][3] == 3
-    other = allocate(
-        shapes, _scores(small_model), cost, 0.4 * cost(full), round_to=1, weights={(0, 3): 1e-9}
-    )
+    other = allocate(shapes, _scores(small_model), cost, 0.4 * cost(full), round_to=1, weights={(0, 3): 1e-9})
     assert len(other.channels[0]) <= 3
 
 
