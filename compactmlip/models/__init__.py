@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from compactmlip.data.graph import GraphBatch
     from compactmlip.models.stages import Stage
     from compactmlip.models.targets import TargetOptions, Targets
-    from compactmlip.models.work import Work
+    from compactmlip.models.workload import Work
     from compactmlip.spec import ModelSpec
 
 FAMILIES = {"mace": "compactmlip.models.mace:MACE", "nequip": "compactmlip.models.nequip:NequIP"}

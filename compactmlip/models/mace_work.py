@@ -8,7 +8,7 @@ from compactmlip.channels import Channels
 from compactmlip.kernels.contraction import contraction_plan
 from compactmlip.models.gate import gate_input_channels
 from compactmlip.models.mace_architecture import MACEArchitecture, MACELayer
-from compactmlip.models.work import Work, convolution_work, dense_work, padded
+from compactmlip.models.workload import Work, convolution_work, dense_work, padded
 from compactmlip.spec import ModelSpec
 
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from compactmlip.models.gate import gate_input_channels
 from compactmlip.models.nequip import NequIPArchitecture
-from compactmlip.models.work import Work, convolution_work, dense_work, padded
+from compactmlip.models.workload import Work, convolution_work, dense_work, padded
 from compactmlip.spec import ModelSpec
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from optuna.distributions import BaseDistribution, IntDistribution
@@ -35,6 +36,7 @@ class Space:
     def __init__(self, shapes: Shapes, round_to: int, **options: object) -> None:
         self.shapes, self.round_to, self.options = shapes, round_to, options
         self.full = full_channels(shapes)
+        self._effects: dict[str, str] = {}
         edges = [name for name in shapes.graph.groups if name.startswith("edge_harmonics/")]
         self.edge_orders = len(edges) - 1 if edges else None
 
@@ -76,6 +78,13 @@ class Space:
             highest = max(len(channels) - 1 for channels in plan.channels)
             found[EDGE] = min(highest if plan.edge_order is None else plan.edge_order, self.edge_orders)
         return found
+
+    def effect(self, plan: Plan) -> str:
+        """What the plan leaves, as a text: plans that differ only in what has no effect have the same."""
+        name = plan.model_copy(update={"made_by": {}}).to_json()
+        if name not in self._effects:
+            self._effects[name] = json.dumps(self.shapes.pruned(plan).architecture, sort_keys=True)
+        return self._effects[name]
 
     def scaled(self, plan: Plan, load: Callable[[Plan], float]) -> Plan | None:
         """The largest plan of the same proportions with a load of at most one; None if there is none.

@@ -23,7 +23,7 @@ from compactmlip.deploy.precision import in_precision
 from compactmlip.errors import LoweringError
 from compactmlip.kernels.build import load as load_kernels
 from compactmlip.models import build, work
-from compactmlip.models.work import Work
+from compactmlip.models.workload import Work
 from compactmlip.progress import Track
 from compactmlip.spec import ModelSpec
 

@@ -121,8 +121,9 @@ class Study:
         return [Candidate.of(trial.user_attrs["candidate"]) for trial in done]
 
     def knows(self, plan: Plan) -> bool:
-        """Whether a plan was evaluated."""
-        return any(self.space.blocks(c.plan) == self.space.blocks(plan) for c in self.candidates)
+        """Whether a plan was evaluated, or another one that leaves the same."""
+        wanted = self.space.effect(plan)
+        return any(self.space.effect(c.plan) == wanted for c in self.candidates)
 
     def add(self, candidate: Candidate) -> None:
         """Write a candidate down."""
