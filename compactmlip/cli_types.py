@@ -82,8 +82,8 @@ PlanFile = Annotated[
 Budget = Annotated[
     str | None,
     typer.Option(
-        help="Ranks all channels together and keeps the best within parameters=, memory=, flops= or (measured) "
-        "latency=; a share (20%) or factor (8x) of the uncut model, or a number with a unit."
+        help="Ranks all channels together and keeps the best within parameters=, memory=, flops= or "
+        "(measured) latency=; a share (20%) or factor (8x) of the uncut model, or a number with a unit."
     ),
 ]
 RoundTo = Annotated[int, typer.Option(help="With --budget: numbers of channels are multiples of this.")]

@@ -160,8 +160,8 @@ class Budget:
         if not sign or kind not in get_args(Kind):
             known = ", ".join(get_args(Kind))
             raise InputError(
-                f"cannot read the budget '{text}': expected KIND=VALUE with KIND one of {known}, for instance "
-                f"parameters=20%.{did_you_mean(kind, get_args(Kind))}"
+                f"cannot read the budget '{text}': expected KIND=VALUE with KIND one of {known}, for "
+                f"instance parameters=20%.{did_you_mean(kind, get_args(Kind))}"
             )
         match = re.fullmatch(r"([0-9.]+(?:e[+-]?\d+)?)\s*([A-Za-z%]*)", value.strip())
         if match is None or match[2] not in _UNITS[kind] or not float(match[1]) > 0:

@@ -1,9 +1,9 @@
 """Second-order importance: how much squared errors of energies and forces grow when a channel is cut.
 
-A gate g multiplies each channel; cutting it is g = 0.  The squared error against the uncut model is zero at
-g = 1, so its Hessian there is exactly J^T J, with J the derivatives of energies or forces with respect to the
-gates, and its diagonal says what cutting one channel costs to second order (Optimal Brain Damage, LeCun et al.
-1990).
+A gate g multiplies each channel; cutting it is g = 0.  The squared error against the uncut model is zero
+at g = 1, so its Hessian there is exactly J^T J, with J the derivatives of energies or forces with respect to
+the gates, and its diagonal says what cutting one channel costs to second order (Optimal Brain Damage, LeCun
+et al. 1990).
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from itertools import pairwise
 
 from compactmlip.channels import Channels
 from compactmlip.kernels.contraction import contraction_plan
@@ -22,7 +23,7 @@ def work(spec: ModelSpec) -> Work:
         total += _update(layer, arch, t, (layer.out[0],) if last else layer.out)
         if layer.readout is not None:
             sizes = (layer.out[0], *layer.readout.hidden, 1)
-            total += Work(dense=float(sum(n * m for n, m in zip(sizes, sizes[1:], strict=False))))
+            total += Work(dense=float(sum(n * m for n, m in pairwise(sizes))))
     return total
 
 

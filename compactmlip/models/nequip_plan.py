@@ -16,8 +16,9 @@ def target_sizes(spec: ModelSpec, target: Sequence[Channels], options: TargetOpt
 
     The last layer keeps only the orders that it has.  The embedding gets the scalars of the first layer,
     and the neighbours' features as many channels as enter the layer.  Spherical harmonics above
-    ``edge_order`` (by default the largest order of the target) are dropped.  Without ``odd_paths``, so are the tensor-product paths with
-    odd l1 + l2 + l3: they change sign under inversion, and without them the energy is exactly invariant.
+    ``edge_order`` (by default the largest order of the target) are dropped.  Without ``odd_paths``, so are
+    the tensor-product paths with odd l1 + l2 + l3: they change sign under inversion, and without them the
+    energy is exactly invariant.
     """
     arch = NequIPArchitecture.model_validate(spec.architecture)
     sizes = {"embedding/0": min(arch.embedding, target[0][0])}

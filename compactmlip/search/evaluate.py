@@ -101,6 +101,7 @@ class Evaluator:
     ) -> None:
         self.teacher, self.shapes, self.scores, self.damping = teacher, shapes, scores, damping
         graphs = [build_graph(a, model_spec(teacher), model_dtype(teacher)) for a in frames.fit]
+        self.graphs = graphs
         folds = split_folds(len(graphs), None, FOLDS, seed)
         self.data: list[tuple[GraphBatch, int]] = []
         for fold in range(FOLDS):

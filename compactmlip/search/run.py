@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import time
@@ -26,17 +25,17 @@ from compactmlip.compress.plan_file import Plan
 from compactmlip.compress.scores_file import load_scores, save_scores
 from compactmlip.compress.tapped import Scores
 from compactmlip.data.graph import build_graph
-from compactmlip.data.label import fingerprint, label
+from compactmlip.data.label import label
 from compactmlip.errors import InputError
 from compactmlip.models import model_dtype, model_spec, num_parameters, record_step, work
 from compactmlip.progress import Track
 from compactmlip.search.evaluate import Evaluator, Frames, split_frames
 from compactmlip.search.halving import successive_halving
 from compactmlip.search.options import SearchOptions
-from compactmlip.search.picture import plot_front
+from compactmlip.search.record import State, digest_of, identity_of, write_results, write_text
 from compactmlip.search.space import Space
 from compactmlip.search.speed import SpeedModel, Stopwatch, probe_plans
-from compactmlip.search.study import Candidate, Study, front
+from compactmlip.search.study import Candidate, Study
 from compactmlip.validate.supercells import near_size
 
 SHAPES = ("64x0", "64x0+32x1", "64x0+32x1+16x2", "64x0+32x1+16x2+16x3", "32x0+32x1+32x2+32x3")
@@ -112,11 +111,11 @@ def search(
 ) -> Found:
     """Find a plan, and write it with the cut and refitted model.
 
-    Candidates are cut, refitted in closed form and compared with the uncut model on held-out structures; their
-    speed is predicted from measurements on this machine, and that of the best is measured again in the end.
-    The folder gets ``plan.json``, ``pruned.safetensors``, ``front.json``, ``front.png``, with ``distil_minutes``
-    also ``distilled.safetensors``; and what is needed to continue after an interruption, which costs one
-    candidate at most.
+    Candidates are cut, refitted in closed form and compared with the uncut model on held-out structures;
+    their speed is predicted from measurements on this machine, and that of the best is measured again in the
+    end.  The folder gets ``plan.json``, ``pruned.safetensors``, ``front.json``, ``front.png``, with
+    ``distil_minutes`` also ``distilled.safetensors``; and what is needed to continue after an interruption,
+    which costs one candidate at most.
 
     Parameters
     ----------
@@ -150,7 +149,7 @@ class _Search:
         self.teacher, self.options, self.folder, self.progress = teacher, options, folder, progress
         self.clock = clock
         folder.mkdir(parents=True, exist_ok=True)
-        self.state = _State(folder / STATE, _identity(teacher, frames, options))
+        self.state = State(folder / STATE, identity_of(teacher, frames, options))
         self.shapes = Shapes(teacher)
         self.space = Space(
             self.shapes, options.round_to, odd_paths=options.odd_paths, importance=options.importance
@@ -199,8 +198,8 @@ class _Search:
     def _seeds(self, bound: float) -> Any:
         """Uniform plans, and those from a ranking of all channels, at one speed."""
         load = self._load(bound)
-        orders = [None] if self.space.edge_orders is None else [None, *range(1, self.space.edge_orders + 1)]
-        for edge in orders:
+        highest = self.space.edge_orders
+        for edge in [None] if highest is None else range(highest, 0, -1):
             template = Plan(
                 layers=("1x0",),
                 edge_order=edge,
@@ -217,9 +216,12 @@ class _Search:
             if made is not None:
                 yield "ranking", made
         for text in SHAPES:
-            made = self.space.scaled(self.space.uniform(text), load)
-            if made is not None:
-                yield f"uniform {text}", made
+            for extra in (0, 1):
+                plan = self.space.uniform(text)
+                highest = max(len(channels) - 1 for channels in plan.channels)
+                made = self.space.scaled(self.space.uniform(text, highest + extra), load)
+                if made is not None:
+                    yield f"uniform {text}" + ", edges one order higher" * extra, made
 
     def _load(self, bound: float) -> Callable[[Plan], float]:
         """Largest of what a plan needs over what is allowed."""
@@ -295,7 +297,7 @@ class _Search:
         near: dict[str, Plan] = {plan.target: plan for _, plan in self._seeds(bound)}
         if near:
             watch.measure(list(near.values()), self.progress)
-        _write(path, watch.fitted().model_dump_json(indent=1))
+        write_text(path, watch.fitted().model_dump_json(indent=1))
         return watch.fitted()
 
     def _finish(self, candidates: list[Candidate]) -> Found:
@@ -327,7 +329,13 @@ class _Search:
                 for c, s in zip(finalists, speedups, strict=True)
             ],
         }
-        self._write_results(candidates, chosen, measured)
+        uncut = {
+            "parameters": num_parameters(self.teacher),
+            "seconds_per_atom": self.speed.reference_seconds,
+            "atoms": len(self.graph.species),
+        }
+        about = {"uncut": uncut, "speed_model": self.speed.model_dump()}
+        write_results(self.folder, self.options, about, candidates, chosen, measured)
         return Found(chosen, best in good, speedups[best], errors, len(candidates))
 
     def _violation(self, candidate: Candidate, speedup: float) -> float:
@@ -353,9 +361,9 @@ class _Search:
         """Successive halving; writes the winner before and after its training."""
         assert self.options.distil_minutes is not None
         labelled = label(self.all_frames, self.teacher, self.folder / "labelled.xyz", progress=self.progress)
-        held = {_digest(a) for a in self.frames.held_out}
-        valid = [a for a in labelled if _digest(a) in held]
-        train = [a for a in labelled if _digest(a) not in held]
+        held = {digest_of(a) for a in self.frames.held_out}
+        valid = [a for a in labelled if digest_of(a) in held]
+        train = [a for a in labelled if digest_of(a) not in held]
         students = {f"plan-{k}": self._compressed(c.plan).model for k, c in enumerate(pool)}
         results = successive_halving(
             students,
@@ -376,75 +384,5 @@ class _Search:
             }
             for r in results
         ]
-        _write(self.folder / "halving.json", json.dumps(rows, indent=1))
+        write_text(self.folder / "halving.json", json.dumps(rows, indent=1))
         return pool[int(winner.name.partition("-")[2])]
-
-    def _write_results(
-        self, candidates: list[Candidate], chosen: Candidate, measured: dict[str, Any]
-    ) -> None:
-        targets = self.options.model_dump(
-            mode="json", include={"speedup", "force_mae", "memory"}, exclude_none=True
-        )
-        made_by = {
-            "search": targets,
-            "force_mae_meV_per_A": round(chosen.error.forces, 3),
-            "measured_speedup": round(measured["speedup"], 3),
-        }
-        chosen.plan.model_copy(update={"made_by": made_by}).save(self.folder / "plan.json")
-        content = {
-            "target": targets,
-            "uncut": {
-                "parameters": num_parameters(self.teacher),
-                "seconds_per_atom": self.speed.reference_seconds,
-                "atoms": len(self.graph.species),
-            },
-            "speed_model": self.speed.model_dump(),
-            "chosen": chosen.row() | measured,
-            "front": [c.row() for c in front(candidates)],
-            "candidates": [c.row() for c in candidates],
-        }
-        _write(self.folder / "front.json", json.dumps(content, indent=1))
-        plot_front(self.folder / "front.png", candidates, chosen, self.options.factor)
-
-
-class _State:
-    """Identity of the run in the folder and the time that it has taken so far."""
-
-    def __init__(self, path: Path, identity: str) -> None:
-        self.path, self.identity, self.seconds = path, identity, 0.0
-        if path.is_file():
-            found = json.loads(path.read_text())
-            if found["identity"] != identity:
-                raise InputError(
-                    f"{path.parent} holds a search with another model, other structures or options; give "
-                    "another folder with -o, or delete this one."
-                )
-            self.seconds = float(found["seconds"])
-        self.save(self.seconds)
-
-    def save(self, seconds: float) -> None:
-        """Remember the time."""
-        self.seconds = seconds
-        _write(self.path, json.dumps({"identity": self.identity, "seconds": seconds}))
-
-
-CONTINUES = {"minutes", "candidates", "finalists", "distil_minutes"}
-"""Options that may differ when a search is continued: they change none of its candidates."""
-
-
-def _identity(teacher: nn.Module, frames: Sequence[Atoms], options: SearchOptions) -> str:
-    settings = options.model_dump_json(exclude=CONTINUES)
-    return hashlib.sha256((fingerprint(frames, teacher) + settings).encode()).hexdigest()
-
-
-def _digest(atoms: Atoms) -> str:
-    """Structure as it reads from a file with eight digits."""
-    positions = np.round(atoms.positions, 6) + 0.0
-    return hashlib.sha256(atoms.numbers.tobytes() + positions.tobytes()).hexdigest()
-
-
-def _write(path: Path, text: str) -> None:
-    def write(temporary: Path) -> None:
-        temporary.write_text(text + "\n", encoding="utf-8")
-
-    checkpoint.atomic_write(path, write)

@@ -13,8 +13,12 @@ from compactmlip.compress.cost import Shapes
 from compactmlip.compress.plan_file import Plan
 from compactmlip.search.speed import capped
 
-EDGE = "edge order"
-"""Name of the variable for the largest order of the harmonics of edges, where it is free."""
+EDGE = "edge order above the features'"
+"""Name of the variable for the largest order of the harmonics of edges, where it is free: how far it is above
+the largest order of the features."""
+
+MOST_EXTRA = 2
+"""Its largest value."""
 
 STEPS = 24
 """Halvings of the interval when a plan is scaled to its budget."""
@@ -47,7 +51,7 @@ class Space:
         for (t, l), size in self._places():
             found[name_of(t, l)] = IntDistribution(1 if l == 0 else 0, max(1, -(-size // self.round_to)))
         if self.edge_orders is not None:
-            found[EDGE] = IntDistribution(0, self.edge_orders)
+            found[EDGE] = IntDistribution(0, min(MOST_EXTRA, self.edge_orders))
         return found
 
     def _places(self) -> Iterator[tuple[tuple[int, int], int]]:
@@ -65,7 +69,9 @@ class Space:
                 count = int(blocks.get(name_of(t, l), 0) + 0.5)
                 sizes.append(min(size, self.round_to * (max(1, count) if l == 0 else count)))
             layers.append(_trimmed(sizes))
-        edge = None if self.edge_orders is None else int(blocks[EDGE])
+        edge = None
+        if self.edge_orders is not None:
+            edge = min(_highest(layers) + int(blocks[EDGE]), self.edge_orders)
         return Plan.of(layers, edge_order=edge, **self.options)
 
     def blocks(self, plan: Plan) -> dict[str, int]:
@@ -75,8 +81,9 @@ class Space:
             channels = plan.channels[t]
             found[name_of(t, l)] = -(-channels[l] // self.round_to) if l < len(channels) else 0
         if self.edge_orders is not None:
-            highest = max(len(channels) - 1 for channels in plan.channels)
-            found[EDGE] = min(highest if plan.edge_order is None else plan.edge_order, self.edge_orders)
+            highest = _highest(plan.channels)
+            edge = highest if plan.edge_order is None else plan.edge_order
+            found[EDGE] = min(max(edge - highest, 0), MOST_EXTRA, self.edge_orders)
         return found
 
     def effect(self, plan: Plan) -> str:
@@ -124,6 +131,11 @@ class Space:
 def name_of(t: int, l: int) -> str:
     """Name of the variable for one layer and order."""
     return f"layer {t}, l = {l}"
+
+
+def _highest(layers: Sequence[Channels]) -> int:
+    """Largest order that any layer has."""
+    return max(len(channels) - 1 for channels in layers)
 
 
 def _trimmed(sizes: Sequence[int]) -> Channels:

@@ -22,8 +22,11 @@ from compactmlip.search.space import Space
 JOURNAL = "candidates.journal"
 """File of the folder that holds all candidates; lines are appended, so that a stop costs one at most."""
 
-MOST_REPEATED = 40
+MOST_REPEATED = 200
 """Proposals in a row that are known already, after which the search is exhausted."""
+
+RANDOM_AFTER = 5
+"""Proposals in a row that are known already, after which random ones are tried."""
 
 
 @dataclass(frozen=True)
@@ -108,9 +111,10 @@ class Study:
             )
             started = len(self.study.trials)
             # A continued search goes on with other random numbers than it began with.
-            self.study.sampler = optuna.samplers.TPESampler(
+            self.sampler = optuna.samplers.TPESampler(
                 seed=seed + started, multivariate=True, n_startup_trials=1, n_ei_candidates=64
             )
+            self.random = optuna.samplers.RandomSampler(seed=seed + started)
         for trial in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
             self.study.tell(trial.number, state=TrialState.FAIL)
 
@@ -143,6 +147,7 @@ class Study:
         """
         repeated = 0
         while repeated < MOST_REPEATED:
+            self.study.sampler = self.random if repeated >= RANDOM_AFTER else self.sampler
             trial = self.study.ask(self.space.distributions)
             proposed = self.space.plan(trial.params)
             self.study.tell(trial, state=TrialState.FAIL)

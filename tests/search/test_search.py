@@ -34,7 +34,7 @@ SMALL = {"atoms": 16, "round_to": 2, "fit_atoms": 24, "held_out_atoms": 8, "repe
 
 @pytest.fixture(scope="module")
 def teacher(make_spec: Callable[..., Any], make_model: Callable[..., nn.Module]) -> nn.Module:
-    spec = make_spec(channels=(8, 6, 4), num_layers=2, lmax_edge=2, cutoff=3.0)
+    spec = make_spec(channels=(16, 8, 4), num_layers=3, lmax_edge=2, cutoff=2.5)
     return keep_species(make_model(spec), ("Mg", "O"))
 
 
@@ -158,19 +158,19 @@ def test_too_few_structures(teacher: nn.Module, frames: list[Atoms], tmp_path: P
 
 def test_plans_are_scaled_to_their_budget(teacher: nn.Module) -> None:
     space = Space(Shapes(teacher), 2)
-    plan = space.uniform("8x0+4x1", edge_order=2)
+    plan = space.uniform("8x0+4x1", edge_order=2)  # the last layer has scalars only
     assert space.plan(space.blocks(plan)) == plan
-    assert space.blocks(plan)[EDGE] == 2
+    assert space.blocks(plan)[EDGE] == 1, "one above the features'"
 
     def load(p: Plan) -> float:
-        return sum(map(sum, p.channels)) / 12
+        return sum(map(sum, p.channels)) / 20
 
     scaled = space.scaled(plan, load)
     assert scaled is not None
     assert load(scaled) <= 1
-    assert len(scaled.channels[1]) == 1 and scaled.edge_order == 2
+    assert [len(c) for c in scaled.channels] == [2, 2, 1] and scaled.edge_order == 2
     assert space.scaled(plan, lambda p: 2.0) is None
-    assert space.scaled(plan, lambda p: 0.0).channels == ((8, 6), (8,))  # type: ignore[union-attr]
+    assert space.scaled(plan, lambda p: 0.0).channels == ((16, 8), (16, 8), (16,))  # type: ignore[union-attr]
 
 
 def test_speed_model_finds_what_the_times_are_made_of() -> None:
@@ -188,12 +188,12 @@ def test_speed_model_finds_what_the_times_are_made_of() -> None:
 def test_larger_models_are_measured_to_be_slower(teacher: nn.Module, kernels: None) -> None:
     from compactmlip.data.graph import build_graph
 
-    atoms = bulk("MgO", "rocksalt", a=4.21, cubic=True).repeat(3)
+    atoms = bulk("MgO", "rocksalt", a=4.21, cubic=True).repeat(4)
     graph = build_graph(atoms, model_spec(teacher), torch.float32)
     watch = Stopwatch(teacher, graph, Shapes(teacher), repeats=9)
     space = Space(Shapes(teacher), 2)
     (small,) = watch.measure([space.uniform("2x0")])
-    assert small < 0.8
+    assert small < 0.95
     assert watch.fitted().reference_seconds > 0
 
 
