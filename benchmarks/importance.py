@@ -78,7 +78,8 @@ def main(arguments: Sequence[str]) -> None:
     chosen = Frames(
         limited(frames, given.every, given.fit_atoms), limited(held_out, given.every, given.held_out_atoms)
     )
-    title = header("Importance criteria", "python benchmarks/importance.py " + " ".join(arguments))
+    command = " ".join(Path(a).name if "/" in a else a for a in arguments if a != "--output")
+    title = header("Importance criteria", f"python benchmarks/importance.py {command}")
     report(title + _tables(teacher, chosen, given.plan, given.resamples), given.output)
 
 

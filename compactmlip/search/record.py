@@ -45,6 +45,7 @@ class State:
 
 
 def identity_of(teacher: nn.Module, frames: Sequence[Atoms], options: SearchOptions) -> str:
+    """Digest of all that decides what a search's candidates are worth."""
     settings = options.model_dump_json(exclude=CONTINUES)
     return hashlib.sha256((fingerprint(frames, teacher) + settings).encode()).hexdigest()
 
@@ -56,6 +57,8 @@ def digest_of(atoms: Atoms) -> str:
 
 
 def write_text(path: Path, text: str) -> None:
+    """Write a file that is there whole or not at all."""
+
     def write(temporary: Path) -> None:
         temporary.write_text(text + "\n", encoding="utf-8")
 

@@ -206,7 +206,7 @@ def measured_latency(
     rng = np.random.default_rng(seed)
     chosen: list[GraphBatch] = []
     while sum(len(g.species) for g in chosen) < setting.atoms:
-        chosen.append(graphs[rng.integers(len(graphs))])
+        chosen.append(graphs[int(rng.integers(len(graphs)))])
     watch = Stopwatch(teacher, collate(chosen).to(dtype=torch.float32), shapes)
     watch.measure(probe_plans(shapes), progress)
     fitted = watch.fitted()
