@@ -1,9 +1,9 @@
 """Does a search find a better plan than the best uniform one of equal speed?
 
-Runs ``compactmlip search`` for a speed-up over the deployed teacher at 512 atoms, then evaluates uniform plans
-(the same channels in all layers) of many proportions, each as large as the speed allows.  The best uniform plan
-by held-out error and the search's plan are refitted on all structures, measured in turns, and compared on test
-structures that neither the search nor the refits saw.
+Runs ``compactmlip search`` for a speed-up over the deployed teacher at 512 atoms, then evaluates uniform
+plans (the same channels in all layers) of many proportions, each as large as the speed allows.  The best
+uniform plan by held-out error and the search's plan are refitted on all structures, measured in turns, and
+compared on test structures that neither the search nor the refits saw.
 
     python benchmarks/search.py TEACHER --data train.xyz valid.xyz --test test.xyz --work DIR
     python benchmarks/search.py ... --speedup 8x --minutes 30 --output benchmarks/results/search.md

@@ -32,7 +32,7 @@ def plot_front(
     axis = figure.subplots()
     groups = {
         "uniform": [c for c in candidates if c.source.startswith("uniform")],
-        "ranking": [c for c in candidates if c.source.startswith("ranking")],
+        "ranking, tapered": [c for c in candidates if c.source.startswith(("ranking", "tapered"))],
         "search": [c for c in candidates if c.source == "optuna"],
     }
     for (name, members), mark in zip(groups.items(), "s^o", strict=True):

@@ -41,6 +41,11 @@ from compactmlip.validate.supercells import near_size
 SHAPES = ("64x0", "64x0+32x1", "64x0+32x1+16x2", "64x0+32x1+16x2+16x3", "32x0+32x1+32x2+32x3")
 """Proportions of the uniform plans that a search begins with."""
 
+TAPERED = ("128x0+64x1", "128x0+64x1+32x2")
+"""Proportions in the layer that has most channels, of plans that thin out towards the first or last layer."""
+
+TAPERS = (0.3, 3.0)
+
 SPEEDS = (2.0, 4.0, 8.0, 16.0)
 """Speed-ups that are explored where none is asked for."""
 
@@ -222,6 +227,12 @@ class _Search:
                 made = self.space.scaled(self.space.uniform(text, highest + extra), load)
                 if made is not None:
                     yield f"uniform {text}" + ", edges one order higher" * extra, made
+
+        for text in TAPERED:
+            for ratio in TAPERS:
+                made = self.space.scaled(self.space.tapered(self.space.uniform(text), ratio), load)
+                if made is not None:
+                    yield f"tapered {text}", made
 
     def _load(self, bound: float) -> Callable[[Plan], float]:
         """Largest of what a plan needs over what is allowed."""

@@ -128,6 +128,16 @@ class Space:
         return capped(plan, self.full)
 
 
+    def tapered(self, plan: Plan, ratio: float) -> Plan:
+        """The plan with channels above order 0 that change towards the last layer, by ``ratio`` in all."""
+        last = max(len(self.full) - 1, 1)
+        blocks: dict[str, float] = dict(self.blocks(plan))
+        for (t, l), _ in self._places():
+            if l:
+                blocks[name_of(t, l)] *= ratio ** (t / last)
+        return self.plan(blocks)
+
+
 def name_of(t: int, l: int) -> str:
     """Name of the variable for one layer and order."""
     return f"layer {t}, l = {l}"

@@ -73,7 +73,7 @@ def fake_speed(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_search_writes_a_plan_that_meets_its_target(
     teacher: nn.Module, frames: list[Atoms], tmp_path: Path, fake_speed: None
 ) -> None:
-    options = SearchOptions(speedup="3x", candidates=8, **SMALL)
+    options = SearchOptions(speedup="3x", candidates=6, **SMALL)
     found = search(teacher, frames, options, tmp_path, progress=False)
     assert found.meets_target
     assert found.speedup is not None and found.speedup >= 3
@@ -84,7 +84,7 @@ def test_search_writes_a_plan_that_meets_its_target(
     shapes = Shapes(teacher)
     assert model_spec(model).architecture == shapes.pruned(plan).architecture
     written = json.loads((tmp_path / "front.json").read_text())
-    assert len(written["candidates"]) == found.candidates == 8
+    assert len(written["candidates"]) == found.candidates == 6
     assert (tmp_path / "front.png").stat().st_size > 1000
     times = [row["relative_time"] for row in written["front"]]
     errors = [row["force_mae_meV_per_A"] for row in written["front"]]
@@ -171,6 +171,13 @@ def test_plans_are_scaled_to_their_budget(teacher: nn.Module) -> None:
     assert [len(c) for c in scaled.channels] == [2, 2, 1] and scaled.edge_order == 2
     assert space.scaled(plan, lambda p: 2.0) is None
     assert space.scaled(plan, lambda p: 0.0).channels == ((16, 8), (16, 8), (16,))  # type: ignore[union-attr]
+
+
+def test_tapered_plans_thin_out(teacher: nn.Module) -> None:
+    space = Space(Shapes(teacher), 1)
+    plan = space.tapered(space.uniform("16x0+8x1"), 0.25)
+    assert [c[1] if len(c) > 1 else 0 for c in plan.channels] == [8, 4, 0]
+    assert [c[0] for c in plan.channels] == [16, 16, 16]
 
 
 def test_speed_model_finds_what_the_times_are_made_of() -> None:
