@@ -127,7 +127,6 @@ class Space:
         plan = Plan.uniform(text, len(self.full), edge_order=edge_order, **self.options)
         return capped(plan, self.full)
 
-
     def tapered(self, plan: Plan, ratio: float) -> Plan:
         """The plan with channels above order 0 that change towards the last layer, by ``ratio`` in all."""
         last = max(len(self.full) - 1, 1)

@@ -80,6 +80,10 @@ def relative(times: Mapping[str, Sequence[float]], reference: str) -> dict[str, 
     return {name: float(np.median(np.array(t) / base)) for name, t in times.items()}
 
 
+CLOSE = 1.5
+"""Factor between times that count as about the same."""
+
+
 class SpeedModel(BaseModel):
     """Time of a calculation relative to the uncut model's, linear in the counted work.
 
@@ -105,8 +109,16 @@ class SpeedModel(BaseModel):
     deviation: float
 
     @staticmethod
-    def fit(measured: Sequence[tuple[Work, float]], edges_per_atom: float, seconds: float) -> SpeedModel:
-        """Least squares of relative deviations, from pairs of work and relative time."""
+    def fit(
+        measured: Sequence[tuple[Work, float]],
+        edges_per_atom: float,
+        seconds: float,
+        near: float | None = None,
+    ) -> SpeedModel:
+        """Least squares of relative deviations, from pairs of work and relative time.
+
+        The times of models whose time is about ``near`` (within :data:`CLOSE`) are then right in the median.
+        """
         parts = [w.per_atom(edges_per_atom) for w, _ in measured]
         times = np.array([t for _, t in measured])
         names = list(parts[0])
@@ -115,6 +127,10 @@ class SpeedModel(BaseModel):
         scale[scale == 0] = 1.0
         found, _ = nnls(matrix / scale, np.ones(len(times)))
         found = found / scale
+        if near is not None:
+            close = np.abs(np.log(times / near)) < np.log(CLOSE)
+            if close.any():
+                found = found / np.median((matrix @ found)[close])
         deviation = float(np.sqrt(np.mean((matrix @ found - 1) ** 2)))
         return SpeedModel(
             coefficients=dict(zip(names, map(float, found), strict=False)),
@@ -160,10 +176,10 @@ class Stopwatch:
         self.measured |= {name: (work(spec), found[name]) for name, spec in specs.items()}
         return [found[key(plan)] for plan in plans]
 
-    def fitted(self) -> SpeedModel:
-        """Prediction from all measurements so far, the uncut model's included."""
+    def fitted(self, near: float | None = None) -> SpeedModel:
+        """Prediction from all measurements so far, the uncut model's included; see :meth:`SpeedModel.fit`."""
         rows = [*self.measured.values(), (work(self.shapes.spec), 1.0)]
-        return SpeedModel.fit(rows, self.edges_per_atom, float(np.median(self.seconds)))
+        return SpeedModel.fit(rows, self.edges_per_atom, float(np.median(self.seconds)), near)
 
 
 def key(plan: Plan) -> str:
