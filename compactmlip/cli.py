@@ -10,21 +10,14 @@ from typing import Annotated, Any
 
 import typer
 
-from compactmlip import __version__, cli_deploy, cli_train
+from compactmlip import __version__, cli_compress, cli_deploy, cli_train
 from compactmlip.cli_types import (
     AcceptLicence,
     AsJSON,
-    BasisStart,
-    Calibration,
     Config,
     Device,
-    GroupKey,
-    Importance,
-    KeptLayers,
     Keys,
     Modality,
-    NumBasis,
-    OddPaths,
     Output,
     Seed,
     Settings,
@@ -33,6 +26,7 @@ from compactmlip.cli_types import (
     Teacher,
     To,
     print_result,
+    symbols_in,
 )
 from compactmlip.errors import CompactMLIPError, InputError
 
@@ -79,10 +73,6 @@ def _root(
     ] = False,
 ) -> None:
     pass
-
-
-def _symbols(text: str | None) -> tuple[str, ...] | None:
-    return None if text is None else tuple(s.strip() for s in text.split(",") if s.strip())
 
 
 @app.command()
@@ -134,7 +124,7 @@ def convert(
         accept_licence=accept_licence,
         progress=not as_json,
     )
-    symbols = _symbols(species)
+    symbols = symbols_in(species)
     checkpoint.save(keep_species(native, symbols) if symbols else native, path)
     print_result(as_json, f"wrote {path}", output=path)
 
@@ -216,76 +206,9 @@ def label(
     )
 
 
-@app.command()
-def prune(
-    model: Annotated[str, typer.Argument(help="Name or checkpoint of the model to cut.")],
-    calibration: Calibration,
-    to: To = None,
-    output: Output = None,
-    species: Species = None,
-    modality: Modality = None,
-    accept_licence: AcceptLicence = None,
-    layers: KeptLayers = None,
-    compensate: Annotated[bool, typer.Option(help="Refit linear maps in closed form.")] = True,
-    radial_hidden: Annotated[int | None, typer.Option(help="Units to keep in the radial networks.")] = None,
-    readout_hidden: Annotated[int | None, typer.Option(help="Units to keep in the readout.")] = None,
-    odd_paths: OddPaths = False,
-    num_basis: NumBasis = None,
-    basis_start: BasisStart = "inherited",
-    importance: Importance = "taylor",
-    group_key: GroupKey = None,
-    device: Device = "cpu",
-    seed: int = 0,
-    as_json: AsJSON = False,
-) -> None:
-    """Cut channels, orders and layers, then refit what is left."""
-    from compactmlip import checkpoint
-    from compactmlip.compress.apply import keep_species
-    from compactmlip.compress.compress import compress
-    from compactmlip.data.graph import build_graph
-    from compactmlip.data.read import read_structures
-    from compactmlip.deploy.archive import usable_device
-    from compactmlip.families import load_model
-    from compactmlip.models import model_dtype, num_parameters
-
-    frames = read_structures(calibration)
-    loaded = load_model(
-        model, modality=modality, dtype=None, accept_licence=accept_licence, progress=not as_json
-    )
-    teacher: Any = keep_species(loaded, _symbols(species) or _present(frames)).to(usable_device(device))
-    graphs = [build_graph(a, teacher.spec, model_dtype(teacher)) for a in frames]
-    groups = None
-    if group_key is not None:
-        if any(group_key not in a.info for a in frames):
-            raise InputError(f"--group-key {group_key}: not every calibration structure has this info key.")
-        groups = [str(a.info[group_key]) for a in frames]
-    path = output or Path("pruned.safetensors")
-    made = compress(
-        teacher,
-        graphs,
-        to or (None if layers or num_basis else "64x0+32x1+16x2"),
-        layers=layers,
-        radial_hidden=radial_hidden,
-        readout_hidden=readout_hidden,
-        odd_paths=odd_paths,
-        num_basis=num_basis,
-        basis_start=basis_start,  # type: ignore[arg-type]
-        criterion=importance,
-        with_compensation=compensate,
-        groups=groups,
-        seed=seed,
-        progress=not as_json,
-    )
-    checkpoint.save(made.model, path)
-    before, after = (num_parameters(m) for m in (teacher, made.model))
-    text = f"wrote {path}: {before} -> {after} parameters"
-    values: dict[str, Any] = {"output": path, "parameters_before": before, "parameters": after}
-    if made.compensation is not None:
-        refit = made.compensation
-        before_after = f"{1e3 * refit.before.forces:.0f} -> {1e3 * refit.after.forces:.0f}"
-        text += f"; held-out force MAE {before_after} meV/A by compensation"
-        values |= {"force_mae_plain": refit.before.forces, "force_mae": refit.after.forces}
-    print_result(as_json, text, **values)
+app.command()(cli_compress.importance)
+app.command()(cli_compress.prune)
+app.command()(cli_compress.search)
 
 
 @app.command()
@@ -388,7 +311,7 @@ def specialize(
         "teacher": teacher,
         "modality": modality,
         "accept_licence": accept_licence,
-        "species": _symbols(species),
+        "species": symbols_in(species),
         "to": to,
         "sample__n": number,
         "minutes": minutes,
@@ -448,7 +371,7 @@ def _specialize(
 
 
 def _present(frames: list[Any]) -> tuple[str, ...]:
-    return tuple(sorted({s for a in frames for s in a.get_chemical_symbols()}))
+    return tuple(sorted({s for a in frames for s in a.get_chemicalsymbols_in()}))
 
 
 def _teacher_for(

@@ -70,8 +70,23 @@ MeasuredOn = Annotated[
 Calibration = Annotated[list[Path], typer.Option("--calibration", help="Structures; labels are not needed.")]
 OddPaths = Annotated[bool, typer.Option(help="Keep tensor-product paths that break inversion symmetry.")]
 Importance = Annotated[
-    str, typer.Option(help="Ranks channels: taylor, taylor-atom, activation, magnitude or random.")
+    str,
+    typer.Option(
+        help="Ranks channels: taylor, taylor-atom, fisher, hessian, reconstruction, activation, magnitude or "
+        "random; or a file of 'compactmlip importance'."
+    ),
 ]
+PlanFile = Annotated[
+    Path | None, typer.Option("--plan", help="JSON file that says what to keep, as 'search' writes it.")
+]
+Budget = Annotated[
+    str | None,
+    typer.Option(
+        help="Ranks all channels together and keeps the best within parameters=, memory=, flops= or "
+        "(measured) latency=; a share (20%) or factor (8x) of the uncut model, or a number with a unit."
+    ),
+]
+RoundTo = Annotated[int, typer.Option(help="With --budget: numbers of channels are multiples of this.")]
 GroupKey = Annotated[
     str | None,
     typer.Option(help="info key naming the material of a frame; validates the refit across materials."),
@@ -80,6 +95,11 @@ NumBasis = Annotated[int | None, typer.Option(help="Radial functions to have in 
 BasisStart = Annotated[
     str, typer.Option(help="Start of --num-basis: inherited, or random, which has to be trained.")
 ]
+
+
+def symbols_in(text: str | None) -> tuple[str, ...] | None:
+    """Species of a list such as ``Mg,O``."""
+    return None if text is None else tuple(s.strip() for s in text.split(",") if s.strip())
 
 
 def print_result(as_json: bool, text: str, **values: Any) -> None:

@@ -23,8 +23,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("families", "compress", "data", "deploy", "lammps"),
     ("train",),
     ("validate",),
-    ("specialize", "finetune", "summary", "info"),
-    ("cli_types", "cli_deploy", "cli_train", "cli"),
+    ("specialize", "finetune", "search", "summary", "info"),
+    ("cli_types", "cli_compress", "cli_deploy", "cli_train", "cli"),
 )
 """A module imports from its own layer and those above it in this list, never from those below."""
 

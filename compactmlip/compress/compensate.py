@@ -123,7 +123,7 @@ def compensate(
     if model_spec(pruned).species != model_spec(original).species:
         raise InputError("compensation needs both models for the same species: cut species before channels.")
     folds = split_folds(len(graphs), groups, num_folds, seed)
-    columns = _kept_columns(original, masks)
+    columns = kept_columns(original, masks)
     data = _fold_batches(graphs, folds, max_edges, pruned)
     held_out = _folds_to_check(data)
     check = [(batch, fold) for batch, fold in data if fold in held_out]
@@ -178,7 +178,7 @@ def _fold_batches(
     return data
 
 
-def _kept_columns(original: nn.Module, masks: Mapping[str, Mask]) -> dict[str, Tensor]:
+def kept_columns(original: nn.Module, masks: Mapping[str, Mask]) -> dict[str, Tensor]:
     """Output channels (last axis) of the original's weights that the pruned model has, by parameter name."""
     graph = channel_graph(model_spec(original))
     kept = graph.kept_indices(graph.complete(masks))

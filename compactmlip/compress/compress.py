@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from torch import nn
 
 from compactmlip.compress.apply import prune
 from compactmlip.compress.compensate import Compensation, compensate
-from compactmlip.compress.importance import Scores, importance
+from compactmlip.compress.importance import importance
 from compactmlip.compress.plan import parse_target, target_sizes, top_channels
+from compactmlip.compress.plan_file import Plan
 from compactmlip.compress.reshape import check_basis, cut_layers, resize_basis
+from compactmlip.compress.tapped import Scores
 from compactmlip.data.graph import GraphBatch
 from compactmlip.errors import InputError
 from compactmlip.models import channel_graph, model_spec, record_step
@@ -51,7 +54,7 @@ class Compressed:
 def compress(
     teacher: nn.Module,
     graphs: Sequence[GraphBatch],
-    target: str | None,
+    target: str | Plan | None,
     *,
     layers: int | None = None,
     radial_hidden: int | None = None,
@@ -60,6 +63,7 @@ def compress(
     num_basis: int | None = None,
     basis_start: BasisStart = "inherited",
     criterion: str = "taylor",
+    scores: Scores | None = None,
     with_compensation: bool = True,
     groups: Sequence[object] | None = None,
     seed: int = 0,
@@ -75,7 +79,8 @@ def compress(
         Calibration structures as graphs of this model.
     target
         Channels per order: ``"64x0+32x1"`` for all layers, or one per layer separated by commas.  None keeps
-        the channels, which makes sense with ``layers`` or ``num_basis`` only.
+        the channels, which makes sense with ``layers`` or ``num_basis`` only.  Or a plan, which replaces
+        ``radial_hidden``, ``readout_hidden``, ``odd_paths`` and ``criterion``.
     layers
         Number of layers to keep; the others are cut first (:func:`compactmlip.compress.reshape.cut_layers`).
     radial_hidden, readout_hidden
@@ -90,6 +95,8 @@ def compress(
         are those before this change.
     criterion
         How channels are ranked, see :func:`compactmlip.compress.importance.importance`.
+    scores
+        Scores by that criterion, if they are known already.
     with_compensation
         Refit the remaining linear maps (:func:`compactmlip.compress.compensate.compensate`).
     groups
@@ -109,17 +116,21 @@ def compress(
         teacher = cut_layers(teacher, layers, graphs=graphs)
     result = Compressed(teacher, None, {})
     if target is not None:
-        targets = checked_targets(
-            model_spec(teacher),
-            target,
-            radial_hidden=radial_hidden,
-            readout_hidden=readout_hidden,
-            odd_paths=odd_paths,
-        )
-        scores = importance(teacher, _some(graphs, seed), criterion, seed=seed, progress=progress)
+        options: dict[str, Any] = {"radial_hidden": radial_hidden, "readout_hidden": readout_hidden}
+        options["odd_paths"] = odd_paths
+        if isinstance(target, Plan):
+            criterion, options, target = target.importance, target.options, target.target
+        targets = checked_targets(model_spec(teacher), target, **options)
+        if scores is None:
+            scores = importance(
+                teacher, some_structures(graphs, seed), criterion, seed=seed, progress=progress
+            )
         masks = top_channels(model_spec(teacher), targets, scores)
         result = Compressed(prune(teacher, masks), None, scores)
-        done = {"target": target, "odd_paths": odd_paths, "importance": criterion, "structures": len(graphs)}
+        done = {"target": target, "odd_paths": options["odd_paths"], "importance": criterion}
+        done |= {"structures": len(graphs)}
+        if options.get("edge_order") is not None:
+            done["edge_order"] = options["edge_order"]
         record_step(result.sliced, "prune", **done, **({"seed": seed} if criterion == "random" else {}))
         if with_compensation:
             refit = compensate(
@@ -139,6 +150,7 @@ def checked_targets(
     radial_hidden: int | None = None,
     readout_hidden: int | None = None,
     odd_paths: bool = False,
+    edge_order: int | None = None,
 ) -> Targets:
     """Sizes that a target means for a model, after a check that it can be met and that it cuts something.
 
@@ -147,7 +159,7 @@ def checked_targets(
     InputError
         If it is malformed, contradicts itself or cuts nothing.
     """
-    options = {"radial_hidden": radial_hidden, "readout_hidden": readout_hidden}
+    options = {"radial_hidden": radial_hidden, "readout_hidden": readout_hidden, "edge_order": edge_order}
     wanted = parse_target(target, spec.num_message_passing_layers)
     targets = target_sizes(spec, wanted, **options, odd_paths=odd_paths)
     groups = channel_graph(spec).groups
@@ -167,7 +179,7 @@ def _resized(result: Compressed, num_basis: int, start: BasisStart, seed: int) -
     return replace(result, sliced=sliced, compensation=replace(result.compensation, model=model))
 
 
-def _some(graphs: Sequence[GraphBatch], seed: int) -> list[GraphBatch]:
+def some_structures(graphs: Sequence[GraphBatch], seed: int) -> list[GraphBatch]:
     """Random structures of about ``IMPORTANCE_ATOMS`` atoms in all."""
     chosen, atoms = [], 0
     for k in np.random.default_rng(seed).permutation(len(graphs)):

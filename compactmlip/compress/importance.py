@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
+from functools import partial
 
 import numpy as np
 import torch
@@ -10,15 +11,18 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from compactmlip.channels import Slot
+from compactmlip.compress.reconstruction import reconstruction_importance
+from compactmlip.compress.second_order import energy_curvature, force_curvature
+from compactmlip.compress.tapped import Scores, group_sizes, is_on_edges, structure_of, sums, taylor_products
 from compactmlip.data.graph import MAX_EDGES, GraphBatch, batches_by_edges, collate
 from compactmlip.errors import InputError, did_you_mean
 from compactmlip.models import channel_graph, model_device, model_dtype, model_spec
 from compactmlip.progress import Track
 
-Scores = dict[str, NDArray[np.float64]]
-"""Score of each channel by channel-group name."""
-
-CRITERIA = ("taylor", "taylor-atom", "activation", "magnitude", "random")
+CRITERIA = (
+    *("taylor", "taylor-atom", "fisher", "hessian", "reconstruction"),
+    *("activation", "magnitude", "random"),
+)
 """Ways to score channels; see :func:`importance`."""
 
 
@@ -39,6 +43,15 @@ def importance(
         score).
     ``taylor-atom``
         The same with the absolute value for each atom: changes of opposite sign do not cancel.
+    ``fisher``
+        Mean over structures of the squared sum over atoms and components: twice the second-order change of
+        the squared error of the energy, the diagonal of its Fisher information for channels that are scaled.
+    ``hessian``
+        The same for force components, from products with the Hessian of the energy
+        (:func:`compactmlip.compress.second_order.force_curvature`); 2 to 3 times as much work.
+    ``reconstruction``
+        Relative squared error that is left in the layers that read the channel when they are refitted to
+        the others (:func:`compactmlip.compress.reconstruction.reconstruction_importance`).
     ``activation``
         Root of the mean over structures of the sum over atoms and components of h_icm^2.
     ``magnitude``
@@ -58,7 +71,7 @@ def importance(
     criterion
         One of :data:`CRITERIA`.
     seed
-        Of ``random``.
+        Of ``random`` and of the random vectors of ``hessian``.
     max_edges
         Largest batch, in edges.
 
@@ -71,6 +84,13 @@ def importance(
         return taylor_importance(model, graphs, max_edges=max_edges, progress=progress)
     if criterion == "taylor-atom":
         return _mean_over_structures(model, graphs, _taylor_by_atom, max_edges, progress)
+    if criterion == "fisher":
+        return _mean_over_structures(model, graphs, energy_curvature, max_edges, progress)
+    if criterion == "hessian":
+        signs = torch.Generator().manual_seed(seed)
+        return _mean_over_structures(model, graphs, partial(force_curvature, signs), max_edges, progress)
+    if criterion == "reconstruction":
+        return reconstruction_importance(model, list(graphs), max_edges=max_edges, progress=progress)
     if criterion == "activation":
         means = _mean_over_structures(model, graphs, _squares, max_edges, progress)
         return {name: np.sqrt(mean) for name, mean in means.items()}
@@ -78,7 +98,7 @@ def importance(
         return _magnitudes(model)
     if criterion == "random":
         generator = np.random.default_rng(seed)
-        return {name: generator.random(size) for name, size in _sizes(model).items()}
+        return {name: generator.random(size) for name, size in group_sizes(model).items()}
     raise InputError(
         f"unknown importance '{criterion}'; choose one of {', '.join(CRITERIA)}."
         f"{did_you_mean(criterion, CRITERIA)}"
@@ -90,12 +110,6 @@ def taylor_importance(
 ) -> Scores:
     """First-order Taylor importance, the criterion ``taylor`` of :func:`importance`."""
     return _mean_over_structures(model, graphs, _taylor_by_structure, max_edges, progress)
-
-
-def _sizes(model: nn.Module) -> dict[str, int]:
-    """Number of channels of each group that has a feature."""
-    groups = channel_graph(model_spec(model)).groups
-    return {name: group.size for name, group in groups.items() if group.space is not None}
 
 
 BatchScores = Callable[[nn.Module, GraphBatch], Scores]
@@ -112,7 +126,7 @@ def _mean_over_structures(
     graphs = list(graphs)
     if not graphs:
         raise InputError("importance needs at least one calibration structure.")
-    totals = {name: np.zeros(size) for name, size in _sizes(model).items()}
+    totals = {name: np.zeros(size) for name, size in group_sizes(model).items()}
     num_atoms = sum(len(g.species) for g in graphs)
     with Track("importance", num_atoms, enabled=progress) as track:
         for indices in batches_by_edges(graphs, max_edges):
@@ -126,9 +140,8 @@ def _mean_over_structures(
 def _taylor_by_structure(model: nn.Module, batch: GraphBatch) -> Scores:
     """Sum over structures of |sum h dE/dh|."""
     scores = {}
-    for name, product in _taylor_products(model, batch).items():
-        owner = batch.structure[batch.centers] if _is_on_edges(name) else batch.structure
-        scores[name] = _absolute_sums(product, owner, len(batch.num_atoms))
+    for name, product in taylor_products(model, batch).items():
+        scores[name] = _absolute_sums(product, structure_of(name, batch), len(batch.num_atoms))
     return scores
 
 
@@ -137,8 +150,8 @@ def _taylor_by_atom(model: nn.Module, batch: GraphBatch) -> Scores:
     num_atoms = len(batch.species)
     everyone = torch.arange(num_atoms, device=batch.species.device)
     scores = {}
-    for name, product in _taylor_products(model, batch).items():
-        owner = batch.centers if _is_on_edges(name) else everyone
+    for name, product in taylor_products(model, batch).items():
+        owner = batch.centers if is_on_edges(name) else everyone
         scores[name] = _absolute_sums(product, owner, num_atoms)
     return scores
 
@@ -156,39 +169,10 @@ def _squares(model: nn.Module, batch: GraphBatch) -> Scores:
     return scores
 
 
-def _is_on_edges(name: str) -> bool:
-    return ".radial." in name
-
-
 def _absolute_sums(product: Tensor, owner: Tensor, num_owners: int) -> NDArray[np.float64]:
     """Sum rows by owner, then the owners' absolute values."""
-    total = product.new_zeros(num_owners, product.shape[-1]).index_add(0, owner, product)
-    summed: NDArray[np.float64] = total.abs().sum(dim=0).cpu().numpy()
+    summed: NDArray[np.float64] = sums(product, owner, num_owners).abs().sum(dim=0).cpu().numpy()
     return summed
-
-
-def _taylor_products(model: nn.Module, batch: GraphBatch) -> dict[str, Tensor]:
-    """Sum over components of h dE/dh, (n, channels) in float64, by channel-group name."""
-    features: dict[str, Tensor] = {}
-
-    def watch(space: str, order: int, x: Tensor) -> Tensor:
-        if not x.requires_grad:
-            x = x.detach().requires_grad_()
-        features[f"{space}/{order}"] = x
-        return x
-
-    with torch.enable_grad():
-        energies = model(batch.species, batch.centers, batch.neighbors, batch.vectors, tap=watch)
-        names = list(features)
-        gradients: Sequence[Tensor | None] = torch.autograd.grad(
-            energies.sum(), [features[n] for n in names], allow_unused=True
-        )
-    products = {}
-    for name, gradient in zip(names, gradients, strict=True):
-        feature = features[name].detach()
-        product = (feature * (torch.zeros_like(feature) if gradient is None else gradient)).to(torch.float64)
-        products[name] = product.sum(dim=1) if product.dim() == 3 else product
-    return products
 
 
 @torch.no_grad()
@@ -196,7 +180,7 @@ def _magnitudes(model: nn.Module) -> Scores:
     """Norm of all effective weights of the slots of each group."""
     graph, state = channel_graph(model_spec(model)), model.state_dict()
     scores = {}
-    for name, size in _sizes(model).items():
+    for name, size in group_sizes(model).items():
         squares = torch.zeros(size, dtype=torch.float64)
         for slot in graph.groups[name].slots:
             squares += _owned_squares(state, slot, size)

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from compactmlip import models
 from compactmlip.channels import ChannelGraph, Channels, Mask, parse_channels
-from compactmlip.compress.importance import Scores
+from compactmlip.compress.tapped import Scores
 from compactmlip.errors import InputError
 from compactmlip.models import channel_graph
 from compactmlip.models.targets import TargetOptions, Targets, Tie
@@ -39,6 +39,7 @@ def target_sizes(
     radial_hidden: int | None = None,
     readout_hidden: int | None = None,
     odd_paths: bool = True,
+    edge_order: int | None = None,
 ) -> Targets:
     """Number of channels to keep in each group.
 
@@ -52,7 +53,7 @@ def target_sizes(
         Of the model to cut.
     target
         Channels per order for each layer.
-    radial_hidden, readout_hidden, odd_paths
+    radial_hidden, readout_hidden, odd_paths, edge_order
         See :class:`compactmlip.models.targets.TargetOptions`.
 
     Raises
@@ -62,7 +63,7 @@ def target_sizes(
     """
     if any(not channels or not channels[0] for channels in target):
         raise InputError("a target needs scalar channels in every layer, for instance 64x0+32x1.")
-    options = TargetOptions(radial_hidden, readout_hidden, odd_paths)
+    options = TargetOptions(radial_hidden, readout_hidden, odd_paths, edge_order)
     return models.target_sizes(spec, target, options)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -54,6 +54,7 @@ def refit(
     data: Sequence[tuple[GraphBatch, int]],
     damping: float,
     *,
+    known: Sequence[Sequence[Features]] | None = None,
     title: str = "refit",
     progress: bool = False,
 ) -> list[StageFit]:
@@ -69,21 +70,31 @@ def refit(
         Batches and the fold of the cross-validation that each belongs to.
     damping
         Factor on the penalties that are chosen.
+    known
+        What the teacher computes (:func:`stage_outputs`), if several students are fitted to it.
     """
     batches = [batch for batch, _ in data]
     students = [start_state(student, batch) for batch in batches]
-    teachers = [start_state(teacher, batch) for batch in batches]
     num_species = len(model_spec(student).species)
     fits: list[StageFit] = []
-    stages = list(zip(linear_stages(student), linear_stages(teacher), strict=True))
+    stages = list(linear_stages(student))
+    outputs = stage_outputs(teacher, batches) if known is None else known
     with Track(title, len(stages), "stages", enabled=progress) as track:
-        for stage, source in stages:
-            targets = [source.evaluate(state) for state in teachers]
+        for stage, targets in zip(stages, outputs, strict=True):
             fits += refit_stage(stage, students, targets, columns, data, damping, num_species)
-            teachers = [source.advance(s, y) for s, y in zip(teachers, targets, strict=True)]
             students = [stage.advance(s, stage.evaluate(s)) for s in students]
             track.advance(1)
     return fits
+
+
+@torch.no_grad()
+def stage_outputs(model: nn.Module, batches: Sequence[GraphBatch]) -> Iterator[list[Features]]:
+    """What a model computes at each stage, for each batch; one stage at a time."""
+    states = [start_state(model, batch) for batch in batches]
+    for stage in linear_stages(model):
+        outputs = [stage.evaluate(state) for state in states]
+        yield outputs
+        states = [stage.advance(s, y) for s, y in zip(states, outputs, strict=True)]
 
 
 def refit_stage(

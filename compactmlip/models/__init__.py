@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from compactmlip.data.graph import GraphBatch
     from compactmlip.models.stages import Stage
     from compactmlip.models.targets import TargetOptions, Targets
+    from compactmlip.models.workload import Work
     from compactmlip.spec import ModelSpec
 
 FAMILIES = {"mace": "compactmlip.models.mace:MACE", "nequip": "compactmlip.models.nequip:NequIP"}
@@ -34,6 +35,9 @@ PLANS = {"mace": "compactmlip.models.mace_plan", "nequip": "compactmlip.models.n
 
 STAGES = {"mace": "compactmlip.models.mace_stages", "nequip": "compactmlip.models.nequip_stages"}
 """Family name -> module with ``start(model, batch)`` and ``linear_stages(model)``."""
+
+WORK = {"mace": "compactmlip.models.mace_work", "nequip": "compactmlip.models.nequip_work"}
+"""Family name -> module with ``work(spec)``."""
 
 FLOAT64_BUFFERS = frozenset({"energy_scale", "energy_shift"})
 """Buffers that stay in float64 whatever the compute dtype: energies are summed in float64."""
@@ -133,6 +137,11 @@ def target_sizes(spec: ModelSpec, target: Sequence[Channels], options: TargetOpt
 def channel_rows(spec: ModelSpec) -> list[tuple[str, str]]:
     """Return rows (what, channels) that show a spec's channels to people."""
     return typing_cast("list[tuple[str, str]]", _module(PLANS, spec).channel_rows(spec))
+
+
+def work(spec: ModelSpec) -> Work:
+    """Return what a deployed model of a spec has to compute and to keep."""
+    return typing_cast("Work", _module(WORK, spec).work(spec))
 
 
 def start_state(model: nn.Module, batch: GraphBatch) -> Any:

@@ -166,11 +166,10 @@ def _readout_stage(readout: Readout, t: int) -> Stage[State]:
         assert state.x[0] is not None
         return state.x[0]
 
-    fit: Fit[State] = Fit(
-        0,
-        "shared",
-        f"layers.{t}.readout.maps.0.weight",
-        design,
-        lambda change: add_to_weight(first, change),
-    )
+    parameter = f"layers.{t}.readout.maps.0.weight"
+
+    def apply(change: Tensor) -> None:
+        add_to_weight(first, change)
+
+    fit: Fit[State] = Fit(0, "shared", parameter, design, apply, (parameter,))
     return Stage(f"layer {t} readout", (fit,), evaluate, lambda state, total: state)

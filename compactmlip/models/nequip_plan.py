@@ -15,13 +15,15 @@ def target_sizes(spec: ModelSpec, target: Sequence[Channels], options: TargetOpt
     """Number of channels to keep in each group.
 
     The last layer keeps only the orders that it has.  The embedding gets the scalars of the first layer,
-    and the neighbours' features as many channels as enter the layer.  Spherical harmonics above the
-    largest order of the target are dropped.  Without ``odd_paths``, so are the tensor-product paths with
-    odd l1 + l2 + l3: they change sign under inversion, and without them the energy is exactly invariant.
+    and the neighbours' features as many channels as enter the layer.  Spherical harmonics above
+    ``edge_order`` (by default the largest order of the target) are dropped.  Without ``odd_paths``, so are
+    the tensor-product paths with odd l1 + l2 + l3: they change sign under inversion, and without them the
+    energy is exactly invariant.
     """
     arch = NequIPArchitecture.model_validate(spec.architecture)
     sizes = {"embedding/0": min(arch.embedding, target[0][0])}
     highest = max(len(channels) - 1 for channels in target)
+    highest = highest if options.edge_order is None else options.edge_order
     for l in range(arch.lmax_edge + 1):
         sizes[f"edge_harmonics/{l}"] = int(l <= highest)
     into: Channels = (sizes["embedding/0"],)

@@ -53,6 +53,9 @@ class Fit(Generic[StateT]):
         ``design(state)``: X.  It does not depend on weights that this stage may change.
     apply
         ``apply(W)``: add to the model's weights in place; W is float64.
+    inputs
+        Names of the parameters whose last axis but one, one after the other, are the columns p of the
+        design; empty for kind "channel".
     """
 
     order: int
@@ -60,6 +63,7 @@ class Fit(Generic[StateT]):
     parameter: str
     design: Callable[[StateT], Tensor]
     apply: Callable[[Tensor], None]
+    inputs: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -129,7 +133,8 @@ def _linear_fit(
         for weight, part in zip(weights, change.split(rows, dim=-2), strict=True):
             add_to_weight(weight, part)
 
-    return Fit(l, kind, f"{names[0]}.orders.{l}.weight", design, apply)
+    parameters = tuple(f"{name}.orders.{l}.weight" for name in names)
+    return Fit(l, kind, parameters[0], design, apply, parameters)
 
 
 @torch.no_grad()

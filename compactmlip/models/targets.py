@@ -16,11 +16,15 @@ class TargetOptions:
         Units to keep in each hidden layer of the radial networks and of the readout; None keeps all.
     odd_paths
         Keep tensor-product paths with odd l1 + l2 + l3, in families that have them.
+    edge_order
+        Largest order of the spherical harmonics of edges to keep, in families where it is free; None is the
+        largest order of the target.
     """
 
     radial_hidden: int | None = None
     readout_hidden: int | None = None
     odd_paths: bool = True
+    edge_order: int | None = None
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,9 @@ from compactmlip.channels import Mask
 from compactmlip.compress.apply import prune
 from compactmlip.compress.compress import compress
 from compactmlip.compress.importance import CRITERIA, Scores, importance, taylor_importance
-from compactmlip.data.graph import GraphBatch, build_graph
+from compactmlip.data.graph import GraphBatch, build_graph, energy_and_derivatives
 from compactmlip.errors import InputError
-from compactmlip.models import channel_graph
+from compactmlip.models import channel_graph, linear_stages, start_state
 
 GROUPS = ("layers.1.out/1", "layers.0.up/0", "layers.1.radial.1/0", "embedding/0", "readout.hidden/0")
 
@@ -191,3 +191,84 @@ def test_pruning_by_another_criterion(small_model: nn.Module) -> None:
             kept[criterion, seed], small_model.get_parameter("embedding.weight").detach().numpy()[:, best]
         )
     assert not np.array_equal(kept["random", 4], kept["random", 5])
+
+
+def _gated(model: nn.Module, name: str, channel: int, gate: float) -> nn.Module:
+    """The model with one channel of one group multiplied by ``gate``."""
+
+    class Gated(nn.Module):
+        def forward(self, *inputs: Tensor) -> Tensor:
+            def tap(space: str, order: int, x: Tensor) -> Tensor:
+                if f"{space}/{order}" != name:
+                    return x
+                factor = torch.ones(x.shape[-1], dtype=x.dtype)
+                factor[channel] = gate
+                return x * factor
+
+            result: Tensor = model(*inputs, tap=tap)
+            return result
+
+    return Gated()
+
+
+def test_fisher_is_the_mean_squared_slope_of_the_energy(small_model: nn.Module) -> None:
+    graphs = _graphs(small_model, _frames())
+    scores = importance(small_model, graphs, "fisher")
+    step = 1e-4
+    for name, channel in (("layers.0.out/1", 2), ("layers.1.radial.1/0", 3), ("readout.hidden/0", 1)):
+        slopes = []
+        for graph in graphs:
+            up, down = (
+                energy_and_derivatives(_gated(small_model, name, channel, 1 + s), graph).energies
+                for s in (step, -step)
+            )
+            slopes.append(float(up - down) / (2 * step))
+        assert scores[name][channel] == pytest.approx(np.mean(np.square(slopes)), rel=1e-5)
+
+
+def test_hessian_is_the_mean_squared_slope_of_the_forces(small_model: nn.Module) -> None:
+    """The estimate with random signs, averaged over many seeds, against differences of forces."""
+    graphs = _graphs(small_model, _frames()[:1])
+    seeds = 30
+    names = (("layers.0.out/1", 2), ("layers.1.radial.1/0", 3), ("embedding/0", 1))
+    found = [importance(small_model, graphs, "hessian", seed=s) for s in range(seeds)]
+    step = 1e-4
+    for name, channel in names:
+        up, down = (
+            energy_and_derivatives(_gated(small_model, name, channel, 1 + s), graphs[0]).forces
+            for s in (step, -step)
+        )
+        exact = float(((up - down) / (2 * step)).square().mean())
+        estimates = [scores[name][channel] for scores in found]
+        assert abs(np.mean(estimates) - exact) < 4 * np.std(estimates) / np.sqrt(seeds)
+        assert exact > 0
+
+
+@torch.no_grad()
+def test_reconstruction_is_the_error_of_the_best_refit(small_model: nn.Module) -> None:
+    """Against least squares without the channel's inputs, for a channel that one layer reads."""
+    graphs = _graphs(small_model, _frames()[:2])
+    name, order = "layers.1.out/0", 0
+    scores = importance(small_model, graphs, "reconstruction")
+    # Layer 2 reads these scalars twice: up and skip.
+    expected = np.zeros(8)
+    inputs, outputs = {}, {}
+    for kind in ("up", "down"):
+        designs, goals, total = [], [], 0.0
+        for graph in graphs:
+            state = start_state(small_model, graph)
+            for stage in linear_stages(small_model):
+                value = stage.evaluate(state)
+                if stage.name == f"layer 2 {kind}":
+                    designs.append(stage.fits[order].design(state).detach().flatten(0, 1).numpy())
+                    goals.append(value[order].detach().flatten(0, 1).numpy())
+                    total += sum(float(v.square().sum()) for v in value if v is not None)
+                state = stage.advance(state, value)
+        inputs[kind], outputs[kind] = np.concatenate(designs), np.concatenate(goals)
+        first = 0 if kind == "up" else inputs[kind].shape[1] - 8  # messages, then the skip's inputs
+        for channel in range(8):
+            rest = np.delete(inputs[kind], first + channel, axis=1)
+            residual = outputs[kind] - rest @ np.linalg.lstsq(rest, outputs[kind], rcond=1e-10)[0]
+            expected[channel] += np.square(residual).sum() / total
+    np.testing.assert_allclose(scores[name], expected, rtol=0.35, atol=1e-5)
+    assert np.argmax(scores[name]) == np.argmax(expected)

@@ -1,0 +1,184 @@
+"""Does a search find a better plan than the best uniform one of equal speed?
+
+Runs ``compactmlip search`` for a speed-up over the deployed teacher at 512 atoms, then evaluates uniform
+plans (the same channels in all layers) of many proportions, each as large as the speed allows.  The best
+uniform plan by held-out error and the search's plan are refitted on all structures, measured in turns, and
+compared on test structures that neither the search nor the refits saw.
+
+    python benchmarks/search.py TEACHER --data train.xyz valid.xyz --test test.xyz --work DIR
+    python benchmarks/search.py ... --speedup 8x --minutes 30 --output benchmarks/results/search.md
+
+A second call with the same DIR continues where the first one stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from argparse import Namespace
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from ase import Atoms
+from common import header, parser, report, table
+from torch import nn
+
+from compactmlip.compress.apply import keep_species
+from compactmlip.compress.compress import compress
+from compactmlip.compress.cost import Shapes
+from compactmlip.compress.plan_file import Plan
+from compactmlip.compress.scores_file import load_scores
+from compactmlip.data.graph import build_graph, collate, energy_and_derivatives
+from compactmlip.data.read import read_structures
+from compactmlip.families import load_model
+from compactmlip.models import model_dtype, model_spec, num_parameters, work
+from compactmlip.search.evaluate import Evaluator, split_frames
+from compactmlip.search.options import SearchOptions
+from compactmlip.search.run import MARGIN, search
+from compactmlip.search.space import Space
+from compactmlip.search.speed import SpeedModel, Stopwatch
+from compactmlip.search.study import Candidate
+from compactmlip.validate.supercells import near_size
+
+UNIFORM = (
+    *("64x0", "64x0+16x1", "64x0+32x1", "64x0+48x1", "64x0+64x1", "128x0+32x1"),
+    *("64x0+32x1+16x2", "64x0+16x1+8x2", "64x0+32x1+32x2", "32x0+32x1+32x2", "128x0+32x1+16x2"),
+    *("64x0+32x1+16x2+16x3", "64x0+16x1+8x2+8x3", "32x0+32x1+32x2+32x3"),
+)
+"""Proportions; each also with harmonics of the edges one order above those of the features."""
+
+GOAL = 0.8
+"""Of the best uniform plan's error."""
+
+
+def is_uniform(plan: Plan) -> bool:
+    """Whether all layers have the same channels, as far as the last one (scalars only) can."""
+    first = plan.channels[0]
+    return all(c == first[: len(c)] for c in plan.channels)
+
+
+class Bench:
+    """One teacher, one target."""
+
+    def __init__(self, given: Namespace) -> None:
+        self.given, self.folder = given, Path(given.work)
+        self.frames = read_structures(given.data)
+        self.test = read_structures(given.test)
+        present = {s for a in (*self.frames, *self.test) for s in a.get_chemical_symbols()}
+        self.teacher: nn.Module = keep_species(load_model(given.teacher, dtype=None), present)
+        self.options = SearchOptions(speedup=given.speedup, minutes=given.minutes, seed=given.seed)
+        self.shapes = Shapes(self.teacher)
+        self.space = Space(self.shapes, self.options.round_to, odd_paths=False, importance="taylor")
+
+    def run(self) -> str:
+        start = time.monotonic()
+        found = search(self.teacher, self.frames, self.options, self.folder)
+        minutes = (time.monotonic() - start) / 60
+        self.scores = load_scores(self.folder / "scores.safetensors", self.teacher)[0]
+        content = json.loads((self.folder / "front.json").read_text())
+        self.candidates = [Candidate.of(row) for row in content["candidates"]]
+        uniform = self.uniform()
+        best, error_of_best = min(uniform, key=lambda pair: pair[1])
+        plans = {"best uniform": best, "search": found.chosen.plan}
+        held_out = {"best uniform": error_of_best, "search": found.chosen.error.forces}
+        speeds = self.speeds(list(plans.values()))
+        rows = []
+        errors: dict[str, float] = {}
+        for (name, plan), speed in zip(plans.items(), speeds, strict=True):
+            model, error = self.final(plan)
+            errors[name] = error[1]
+            shown = plan.target + ("" if plan.edge_order is None else f", edges l <= {plan.edge_order}")
+            rows.append([name, shown, num_parameters(model), speed, held_out[name], *error])
+        ratio = errors["search"] / errors["best uniform"]
+        verdict = "reached" if ratio <= GOAL and speeds[1] >= 0.97 * speeds[0] else "NOT reached"
+        text = f"\n{len(self.candidates)} candidates; this call of the search took {minutes:.1f} minutes "
+        text += (
+            f"(searching: {self.seconds() / 60:.1f} in all). {len(uniform)} uniform plans. Speed: over the "
+        )
+        text += f"deployed teacher ({self.reference():.0f} atoms/s), processor time, medians of 10 in turns. "
+        text += "Held out: what was searched on; test: after the refit on all structures, unseen before. "
+        text += "meV/atom, meV/Angstrom.\n\n"
+        names = ["plan", "channels", "parameters", "speed-up", "F held out", "E test", "F test"]
+        text += table(names, rows)
+        return text + (
+            f"\nForce error of the search's plan over that of the best uniform one, test: {ratio:.2f}. "
+            f"The goal, at most {GOAL} at equal speed, was {verdict}.\n"
+        )
+
+    def seconds(self) -> float:
+        return float(json.loads((self.folder / "search.json").read_text())["seconds"])
+
+    def reference(self) -> float:
+        return 1 / SpeedModel.model_validate_json((self.folder / "speed.json").read_text()).reference_seconds
+
+    def uniform(self) -> list[tuple[Plan, float]]:
+        """Held-out force errors of uniform plans at the wanted speed; the search's own ones are known."""
+        fitted = SpeedModel.model_validate_json((self.folder / "speed.json").read_text())
+        bound = MARGIN / float(self.given.speedup.rstrip("x"))
+
+        def load(plan: Plan) -> float:
+            return fitted.relative_time(work(self.shapes.pruned(plan))) / bound
+
+        known = {self.space.effect(c.plan): c.error.forces for c in self.candidates if is_uniform(c.plan)}
+        frames = split_frames(
+            self.frames, self.options.fit_atoms, self.options.held_out_atoms, self.options.seed
+        )
+        evaluator = Evaluator(self.teacher, frames, self.shapes, self.scores, self.options.damping)
+        found: dict[str, tuple[Plan, float]] = {}
+        for text in UNIFORM[: self.given.uniform]:
+            highest = len(self.space.uniform(text).channels[0]) - 1
+            for extra in (0, 1):
+                plan = self.space.scaled(self.space.uniform(text, highest + extra), load)
+                if plan is None or self.space.effect(plan) in found:
+                    continue
+                effect = self.space.effect(plan)
+                error = known[effect] if effect in known else evaluator.error(plan).forces
+                found[effect] = plan, error
+                print(
+                    f"uniform {plan.target} edges {plan.edge_order}: {error:.2f}", file=sys.stderr, flush=True
+                )
+        for c in self.candidates:
+            if is_uniform(c.plan) and load(c.plan) <= 1:
+                found.setdefault(self.space.effect(c.plan), (c.plan, c.error.forces))
+        return list(found.values())
+
+    def speeds(self, plans: Sequence[Plan]) -> list[float]:
+        graph = build_graph(
+            near_size(self.frames[0], self.options.atoms), model_spec(self.teacher), torch.float32
+        )
+        return [1 / t for t in Stopwatch(self.teacher, graph, self.shapes, 10).measure(plans)]
+
+    def final(self, plan: Plan) -> tuple[nn.Module, tuple[float, float]]:
+        """Model refitted on all structures, and its errors on the test structures."""
+        model = compress(self.teacher, self._graphs(self.frames), plan, scores=self.scores).model
+        batch = collate(self._graphs(self.test))
+        wanted, got = (energy_and_derivatives(m, batch) for m in (self.teacher, model))
+        energy = ((got.energies - wanted.energies) / batch.num_atoms).abs().mean()
+        return model, (1e3 * float(energy), 1e3 * float((got.forces - wanted.forces).abs().mean()))
+
+    def _graphs(self, frames: Sequence[Atoms]) -> list:
+        return [build_graph(a, model_spec(self.teacher), model_dtype(self.teacher)) for a in frames]
+
+
+def main(arguments: Sequence[str]) -> None:
+    options = parser(__doc__)
+    options.add_argument("teacher")
+    options.add_argument("--data", type=Path, nargs="+", required=True)
+    options.add_argument("--test", type=Path, nargs="+", required=True)
+    options.add_argument("--work", required=True)
+    options.add_argument("--speedup", default="8x")
+    options.add_argument("--minutes", type=float, default=25.0)
+    options.add_argument("--uniform", type=int, default=len(UNIFORM), help="number of proportions")
+    options.add_argument("--seed", type=int, default=0)
+    given = options.parse_args(arguments)
+    torch.set_num_threads(given.threads)
+    command = " ".join(Path(a).name if os.sep in a else a for a in arguments)
+    title = header("Search against uniform plans", f"python benchmarks/search.py {command}")
+    report(title + Bench(given).run(), given.output)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,318 @@
+"""Commands that score, cut and search; like those of :mod:`compactmlip.cli`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from compactmlip.cli_types import (
+    AcceptLicence,
+    AsJSON,
+    BasisStart,
+    Budget,
+    Calibration,
+    Config,
+    Device,
+    GroupKey,
+    Importance,
+    KeptLayers,
+    Modality,
+    NumBasis,
+    OddPaths,
+    Output,
+    PlanFile,
+    RoundTo,
+    Seed,
+    Settings,
+    Species,
+    To,
+    print_result,
+    symbols_in,
+)
+from compactmlip.errors import InputError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from compactmlip.compress.plan_file import Plan
+    from compactmlip.compress.tapped import Scores
+    from compactmlip.data.graph import GraphBatch
+
+Model = Annotated[str, typer.Argument(help="Name or checkpoint of the model to cut.")]
+
+DEFAULT_TARGET = "64x0+32x1+16x2"
+"""What ``prune`` keeps if nothing says otherwise."""
+
+
+def _load(
+    model: str,
+    frames: list[Any],
+    species: str | None,
+    modality: str | None,
+    accept_licence: str | None,
+    device: str,
+    progress: bool,
+) -> tuple[nn.Module, list[GraphBatch]]:
+    """The model for the species of some structures, and their graphs."""
+    from compactmlip.compress.apply import keep_species
+    from compactmlip.data.graph import build_graph
+    from compactmlip.deploy.archive import usable_device
+    from compactmlip.families import load_model
+    from compactmlip.models import model_dtype, model_spec
+
+    loaded = load_model(
+        model, modality=modality, dtype=None, accept_licence=accept_licence, progress=progress
+    )
+    present = tuple(sorted({s for a in frames for s in a.get_chemical_symbols()}))
+    teacher = keep_species(loaded, symbols_in(species) or present).to(usable_device(device))
+    graphs = [build_graph(a, model_spec(teacher), model_dtype(teacher)) for a in frames]
+    return teacher, graphs
+
+
+def importance(
+    model: Annotated[str, typer.Argument(help="Name or checkpoint of the model to score.")],
+    calibration: Calibration,
+    criterion: Importance = "taylor",
+    output: Output = None,
+    species: Species = None,
+    modality: Modality = None,
+    accept_licence: AcceptLicence = None,
+    resamples: Annotated[
+        int, typer.Option(help="Ways to halve the structures for the stability of the ranking; 0 for none.")
+    ] = 0,
+    device: Device = "cpu",
+    seed: int = 0,
+    as_json: AsJSON = False,
+) -> None:
+    """Score channels and layers; writes the scores, a picture and the ranking's stability."""
+    import json
+
+    from compactmlip.checkpoint import atomic_write
+    from compactmlip.compress.compress import some_structures
+    from compactmlip.compress.importance import importance as run
+    from compactmlip.compress.relevance import layer_relevance
+    from compactmlip.compress.scores_file import save_scores
+    from compactmlip.compress.scores_plot import plot_scores
+    from compactmlip.compress.stability import stability, summary
+    from compactmlip.data.read import read_structures
+
+    path = output or Path("scores.safetensors")
+    frames = read_structures(calibration)
+    teacher, graphs = _load(model, frames, species, modality, accept_licence, device, not as_json)
+    used = some_structures(graphs, seed)
+    scores = run(teacher, used, criterion, seed=seed, progress=not as_json)
+    relevance = layer_relevance(teacher, used)
+    save_scores(path, scores, teacher, criterion=criterion, structures=len(used), layer_relevance=relevance)
+    picture = plot_scores(path.with_suffix(".png"), scores, f"importance ({criterion})", relevance)
+    values: dict[str, Any] = {"output": path, "picture": picture, "layer_relevance": relevance}
+    text = f"wrote {path} and {picture}; relevance of layers " + ", ".join(f"{r:.2f}" for r in relevance)
+    if resamples:
+        found = stability(teacher, used, criterion, resamples=resamples, seed=seed, progress=not as_json)
+        mean = summary(found)
+        groups = {
+            name: {"spearman": round(a.spearman, 4), "overlap": round(a.overlap, 4)}
+            for name, a in found.items()
+        }
+        report = json.dumps({"criterion": criterion, "resamples": resamples, "groups": groups}, indent=1)
+
+        def write(temporary: Path) -> None:
+            temporary.write_text(report + "\n", encoding="utf-8")
+
+        atomic_write(path.with_suffix(".stability.json"), write)
+        values |= {"spearman": mean.spearman, "overlap": mean.overlap}
+        text += f"; two halves of the structures agree: Spearman {mean.spearman:.2f}, "
+        text += f"{100 * mean.overlap:.0f} % of the upper half the same"
+    print_result(as_json, text, **values)
+
+
+def prune(
+    model: Model,
+    calibration: Calibration,
+    to: To = None,
+    plan: PlanFile = None,
+    budget: Budget = None,
+    round_to: RoundTo = 8,
+    output: Output = None,
+    species: Species = None,
+    modality: Modality = None,
+    accept_licence: AcceptLicence = None,
+    layers: KeptLayers = None,
+    compensate: Annotated[bool, typer.Option(help="Refit linear maps in closed form.")] = True,
+    radial_hidden: Annotated[int | None, typer.Option(help="Units to keep in the radial networks.")] = None,
+    readout_hidden: Annotated[int | None, typer.Option(help="Units to keep in the readout.")] = None,
+    odd_paths: OddPaths = False,
+    num_basis: NumBasis = None,
+    basis_start: BasisStart = "inherited",
+    importance: Importance = "taylor",
+    group_key: GroupKey = None,
+    device: Device = "cpu",
+    seed: int = 0,
+    as_json: AsJSON = False,
+) -> None:
+    """Cut channels, orders and layers, then refit what is left."""
+    from compactmlip import checkpoint
+    from compactmlip.compress.compress import compress
+    from compactmlip.compress.plan_file import Plan
+    from compactmlip.data.read import read_structures
+    from compactmlip.models import num_parameters
+
+    _one_of(to=to, plan=plan, budget=budget)
+    if layers and budget:
+        raise InputError("give --layers or --budget; to have both, cut layers first and prune the result.")
+    frames = read_structures(calibration)
+    teacher, graphs = _load(model, frames, species, modality, accept_licence, device, not as_json)
+    path = output or Path("pruned.safetensors")
+    options: dict[str, Any] = {"radial_hidden": radial_hidden, "readout_hidden": readout_hidden}
+    target: str | Plan | None = to or (None if layers or num_basis else DEFAULT_TARGET)
+    scores = None
+    if importance.endswith(".safetensors"):
+        scores, importance = _read_scores(importance, teacher)
+    if plan is not None:
+        target = Plan.load(plan)
+        target = target if scores is None else target.model_copy(update={"importance": importance})
+    elif budget is not None:
+        template = Plan(layers=("1x0",), importance=importance, odd_paths=odd_paths, **options)
+        target, scores = _within(budget, teacher, graphs, scores, template, round_to, seed, not as_json)
+        target.save(path.with_suffix(".plan.json"))
+    made = compress(
+        teacher,
+        graphs,
+        target,
+        layers=layers,
+        odd_paths=odd_paths,
+        num_basis=num_basis,
+        basis_start=basis_start,  # type: ignore[arg-type]
+        criterion=importance,
+        scores=scores,
+        with_compensation=compensate,
+        groups=_groups(frames, group_key),
+        seed=seed,
+        progress=not as_json,
+        **options,
+    )
+    checkpoint.save(made.model, path)
+    before, after = (num_parameters(m) for m in (teacher, made.model))
+    text = f"wrote {path}: {before} -> {after} parameters"
+    values: dict[str, Any] = {"output": path, "parameters_before": before, "parameters": after}
+    if isinstance(target, Plan):
+        text += f", channels {target.target}"
+        values["channels"] = target.target
+    if made.compensation is not None:
+        refit = made.compensation
+        before_after = f"{1e3 * refit.before.forces:.0f} -> {1e3 * refit.after.forces:.0f}"
+        text += f"; held-out force MAE {before_after} meV/A by compensation"
+        values |= {"force_mae_plain": refit.before.forces, "force_mae": refit.after.forces}
+    print_result(as_json, text, **values)
+
+
+def _one_of(**options: object) -> None:
+    given = [f"--{name}" for name, value in options.items() if value is not None]
+    if len(given) > 1:
+        raise InputError(f"give only one of {' and '.join(given)}: each says what is kept.")
+
+
+def _groups(frames: list[Any], key: str | None) -> list[str] | None:
+    if key is None:
+        return None
+    if any(key not in a.info for a in frames):
+        raise InputError(f"--group-key {key}: not every calibration structure has this info key.")
+    return [str(a.info[key]) for a in frames]
+
+
+def _read_scores(path: str, model: nn.Module) -> tuple[Scores, str]:
+    from compactmlip.compress.scores_file import load_scores
+
+    scores, header = load_scores(path, model)
+    return scores, str(header.get("criterion", "taylor"))
+
+
+def _within(
+    text: str,
+    teacher: nn.Module,
+    graphs: list[GraphBatch],
+    scores: Scores | None,
+    template: Plan,
+    round_to: int,
+    seed: int,
+    progress: bool,
+) -> tuple[Plan, Scores]:
+    """Plan within a budget, and the scores that it was made from."""
+    from compactmlip.compress.allocate import allocate, full_channels
+    from compactmlip.compress.compress import some_structures
+    from compactmlip.compress.cost import Budget as Bound, Setting, Shapes, cost_of
+    from compactmlip.compress.importance import importance as run
+    from compactmlip.compress.plan_file import Plan
+
+    bound = Bound.parse(text)
+    shapes, setting = Shapes(teacher), Setting.of(graphs)
+    if scores is None:
+        used = some_structures(graphs, seed)
+        scores = run(teacher, used, template.importance, seed=seed, progress=progress)
+    latency = None
+    if bound.kind == "latency":
+        from compactmlip.search.speed import measured_latency
+
+        latency = measured_latency(teacher, graphs, shapes, setting, seed=seed, progress=progress)
+    cost = cost_of(bound.kind, shapes, setting, latency)
+    whole = Plan.of(full_channels(shapes), odd_paths=True)
+    plan = allocate(shapes, scores, cost, bound.bound(cost(whole)), round_to=round_to, template=template)
+    made_by = {"budget": text, "round_to": round_to, "cost": cost(plan), "cost_uncut": cost(whole)}
+    return plan.model_copy(update={"made_by": made_by}), scores
+
+
+def search(
+    model: Model,
+    data: Annotated[
+        list[Path],
+        typer.Option(
+            "--data", help="Structures for the refits and, held out, for the errors; no labels needed."
+        ),
+    ],
+    speedup: Annotated[
+        str | None, typer.Option(help="How much faster than the deployed model itself, for instance 8x.")
+    ] = None,
+    force_mae: Annotated[
+        float | None, typer.Option(help="Largest mean error of force components, meV/Angstrom.")
+    ] = None,
+    memory: Annotated[
+        str | None, typer.Option(help="Largest memory of a calculation (an estimate), for instance 2GB.")
+    ] = None,
+    output: Output = None,
+    minutes: Annotated[float | None, typer.Option(help="Time for the search.")] = None,
+    candidates: Annotated[int | None, typer.Option(help="Number of candidates.")] = None,
+    distil_minutes: Annotated[
+        float | None, typer.Option(help="Then train the best few, by successive halving, for so long.")
+    ] = None,
+    species: Species = None,
+    modality: Modality = None,
+    accept_licence: AcceptLicence = None,
+    seed: Seed = None,
+    config: Config = None,
+    settings: Settings = None,
+    as_json: AsJSON = False,
+) -> None:
+    """Find the channels per layer and order for a speed, an error or a memory on this machine."""
+    from compactmlip.config import resolve
+    from compactmlip.data.read import read_structures
+    from compactmlip.search.options import SearchOptions
+    from compactmlip.search.run import search as run
+
+    options = resolve(
+        SearchOptions,
+        config,
+        settings or [],
+        speedup=speedup,
+        force_mae=force_mae,
+        memory=memory,
+        minutes=minutes,
+        candidates=candidates,
+        distil_minutes=distil_minutes,
+        seed=seed,
+    )
+    frames = read_structures(data)
+    teacher, _ = _load(model, frames, species, modality, accept_licence, "cpu", not as_json)
+    folder = output or Path("search")
+    found = run(teacher, frames, options, folder, progress=not as_json)
+    print_result(as_json, found.text(folder), **found.values(folder))

@@ -1,0 +1,416 @@
+"""Search for the plan that meets a target on this machine with the least error."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from ase import Atoms
+from torch import nn
+
+from compactmlip import checkpoint
+from compactmlip.compress.allocate import allocate
+from compactmlip.compress.compensate import HeldOutError
+from compactmlip.compress.compress import Compressed, compress, some_structures
+from compactmlip.compress.cost import Budget, Setting, Shapes, memory as memory_cost
+from compactmlip.compress.importance import importance
+from compactmlip.compress.plan_file import Plan
+from compactmlip.compress.scores_file import load_scores, save_scores
+from compactmlip.compress.tapped import Scores
+from compactmlip.data.graph import build_graph
+from compactmlip.data.label import label
+from compactmlip.errors import InputError
+from compactmlip.models import model_dtype, model_spec, num_parameters, record_step, work
+from compactmlip.progress import Track
+from compactmlip.search.evaluate import Evaluator, Frames, split_frames
+from compactmlip.search.halving import successive_halving
+from compactmlip.search.options import SearchOptions
+from compactmlip.search.record import State, digest_of, identity_of, write_results, write_text
+from compactmlip.search.space import Space
+from compactmlip.search.speed import SpeedModel, Stopwatch, probe_plans
+from compactmlip.search.study import Candidate, Study
+from compactmlip.validate.supercells import near_size
+
+SHAPES = ("64x0", "64x0+32x1", "64x0+32x1+16x2", "64x0+32x1+16x2+16x3", "32x0+32x1+32x2+32x3")
+"""Proportions of the uniform plans that a search begins with."""
+
+TAPERED = ("128x0+64x1", "128x0+64x1+32x2")
+"""Proportions in the layer that has most channels, of plans that thin out towards the first or last layer."""
+
+TAPERS = (0.3, 3.0)
+
+SPEEDS = (2.0, 4.0, 8.0, 16.0)
+"""Speed-ups that are explored where none is asked for."""
+
+MARGIN = 0.97
+"""Candidates aim at this share of the time that is allowed: predictions err by a few per cent."""
+
+PUNISHMENT = 4.0
+"""Weight of the logarithm of an error that is too large against that of the time."""
+
+STATE = "search.json"
+
+
+@dataclass(frozen=True)
+class Found:
+    """Outcome of :func:`search`.
+
+    Attributes
+    ----------
+    chosen
+        The best candidate that meets the target, or the one closest to it.
+    meets_target
+        Whether it does.
+    speedup
+        Measured with the finalists in turns; None if nothing was measured.
+    errors
+        Of the written checkpoint on structures that its refit had not seen; None if it was trained.
+    candidates
+        Number of plans that were evaluated.
+    """
+
+    chosen: Candidate
+    meets_target: bool
+    speedup: float | None
+    errors: HeldOutError | None
+    candidates: int
+
+    def text(self, folder: Path) -> str:
+        """One line for people."""
+        speed = "" if self.speedup is None else f", {self.speedup:.1f} times as fast"
+        verdict = "" if self.meets_target else "; the target was NOT met, this comes closest"
+        return (
+            f"wrote {folder / 'plan.json'} and {folder / 'pruned.safetensors'}: {self.chosen.plan.target}, "
+            f"held-out force MAE {self.chosen.error.forces:.1f} meV/A{speed} ({self.candidates} candidates)"
+            f"{verdict}"
+        )
+
+    def values(self, folder: Path) -> dict[str, Any]:
+        """The same for scripts."""
+        return {
+            "output": folder,
+            "plan": self.chosen.plan.target,
+            "force_mae_meV_per_A": self.chosen.error.forces,
+            "speedup": self.speedup,
+            "meets_target": self.meets_target,
+            "candidates": self.candidates,
+            "parameters": self.chosen.parameters,
+        }
+
+
+def search(
+    teacher: nn.Module,
+    frames: Sequence[Atoms],
+    options: SearchOptions,
+    folder: str | Path,
+    *,
+    progress: bool = True,
+    clock: Callable[[], float] = time.monotonic,
+) -> Found:
+    """Find a plan, and write it with the cut and refitted model.
+
+    Candidates are cut, refitted in closed form and compared with the uncut model on held-out structures;
+    their speed is predicted from measurements on this machine, and that of the best is measured again in the
+    end.  The folder gets ``plan.json``, ``pruned.safetensors``, ``front.json``, ``front.png``, with
+    ``distil_minutes`` also ``distilled.safetensors``; and what is needed to continue after an interruption,
+    which costs one candidate at most.
+
+    Parameters
+    ----------
+    teacher
+        A native model.
+    frames
+        Structures; labels are not needed (the teacher makes them where students are trained).
+    options
+        Target and budget.
+    folder
+        Where everything is written.
+
+    Raises
+    ------
+    InputError
+        If there are too few structures, the folder holds another search, or no plan is small enough.
+    """
+    return _Search(teacher, list(frames), options, Path(folder), progress, clock).run()
+
+
+class _Search:
+    def __init__(
+        self,
+        teacher: nn.Module,
+        frames: list[Atoms],
+        options: SearchOptions,
+        folder: Path,
+        progress: bool,
+        clock: Callable[[], float],
+    ) -> None:
+        self.teacher, self.options, self.folder, self.progress = teacher, options, folder, progress
+        self.clock = clock
+        folder.mkdir(parents=True, exist_ok=True)
+        self.state = State(folder / STATE, identity_of(teacher, frames, options))
+        self.shapes = Shapes(teacher)
+        self.space = Space(
+            self.shapes, options.round_to, odd_paths=options.odd_paths, importance=options.importance
+        )
+        self.frames: Frames = split_frames(frames, options.fit_atoms, options.held_out_atoms, options.seed)
+        self.all_frames = frames
+        big = near_size(frames[0], options.atoms)
+        self.graph = build_graph(big, model_spec(teacher), torch.float32)
+        self.setting = Setting(options.atoms, len(self.graph.centers) / len(big))
+        self.memory = memory_cost(self.shapes, self.setting)
+        self.scores = self._scores()
+        self.speed = self._speed()
+
+    def run(self) -> Found:
+        begin = self.clock() - self.state.seconds
+        evaluator = Evaluator(
+            self.teacher, self.frames, self.shapes, self.scores, self.options.damping, self.options.seed
+        )
+        study = Study(self.folder, self.space, self._objective, self.options.seed)
+        total = 60 * self.options.minutes
+        with Track("search", total, "s", enabled=self.progress) as track:
+            track.advance(min(self.state.seconds, total))
+            for source, plan in self._plans(study):
+                count = len(study.candidates)
+                if self.options.candidates is not None and count >= self.options.candidates:
+                    break
+                if count and self.clock() - begin > total:
+                    break
+                if not study.knows(plan):
+                    study.add(self._candidate(plan, evaluator, source))
+                    best = self._ranked(study.candidates)[0]
+                    note = f"{best.error.forces:.1f} meV/A at {1 / best.time:.1f}x"
+                    track.advance(self.clock() - begin - self.state.seconds, note)
+                    self.state.save(seconds=self.clock() - begin)
+        return self._finish(study.candidates)
+
+    def _plans(self, study: Study) -> Any:
+        """First plans of known kinds, then the optimiser's."""
+        bounds = [MARGIN / self.options.factor] if self.options.factor else [1 / s for s in SPEEDS]
+        for bound in bounds:
+            for source, plan in self._seeds(bound):
+                yield source, plan
+        for plan in study.proposals(lambda: self._next_load(study.candidates)):
+            yield "optuna", plan
+
+    def _seeds(self, bound: float) -> Any:
+        """Uniform plans, and those from a ranking of all channels, at one speed."""
+        load = self._load(bound)
+        highest = self.space.edge_orders
+        for edge in [None] if highest is None else range(highest, 0, -1):
+            template = Plan(
+                layers=("1x0",),
+                edge_order=edge,
+                odd_paths=self.options.odd_paths,
+                importance=self.options.importance,
+            )
+            try:
+                ranked = allocate(
+                    self.shapes, self.scores, load, 1.0, round_to=self.options.round_to, template=template
+                )
+            except InputError:
+                continue
+            made = self.space.scaled(ranked, load)
+            if made is not None:
+                yield "ranking", made
+        for text in SHAPES:
+            for extra in (0, 1):
+                plan = self.space.uniform(text)
+                highest = max(len(channels) - 1 for channels in plan.channels)
+                made = self.space.scaled(self.space.uniform(text, highest + extra), load)
+                if made is not None:
+                    yield f"uniform {text}" + ", edges one order higher" * extra, made
+
+        for text in TAPERED:
+            for ratio in TAPERS:
+                made = self.space.scaled(self.space.tapered(self.space.uniform(text), ratio), load)
+                if made is not None:
+                    yield f"tapered {text}", made
+
+    def _load(self, bound: float) -> Callable[[Plan], float]:
+        """Largest of what a plan needs over what is allowed."""
+        allowed = None if self.options.memory is None else Budget.parse(f"memory={self.options.memory}").value
+
+        def load(plan: Plan) -> float:
+            needed = self._time(plan) / bound
+            return needed if allowed is None else max(needed, self.memory(plan) / allowed)
+
+        return load
+
+    def _next_load(self, candidates: Sequence[Candidate]) -> Callable[[Plan], float]:
+        """Load that the next proposal is scaled to."""
+        if self.options.factor is not None:
+            return self._load(MARGIN / self.options.factor)
+        if self.options.force_mae is not None:
+            # A little faster than the fastest that is accurate enough; slower while there is none.
+            good = [c.time for c in candidates if c.error.forces <= self.options.force_mae]
+            return self._load(0.95 * min(good) if good else min(1.0, 1.3 * max(c.time for c in candidates)))
+        return self._load(1 / SPEEDS[len(candidates) % len(SPEEDS)])
+
+    def _objective(self, candidate: Candidate) -> float:
+        """What is minimised: the error at the wanted speed, or the time at the wanted error."""
+        error = math.log(max(candidate.error.forces, 1e-9))
+        if self.options.force_mae is not None and self.options.factor is None:
+            return math.log(candidate.time) + PUNISHMENT * max(0.0, error - math.log(self.options.force_mae))
+        # Where all speeds count, errors are compared at equal speed; they rise about as its square root.
+        return error if self.options.factor is not None else error + 0.5 * math.log(candidate.time)
+
+    def _ranked(self, candidates: Sequence[Candidate]) -> list[Candidate]:
+        """Candidates that meet the target first, best first."""
+        return sorted(candidates, key=lambda c: (not self._meets(c, 1 / c.time), self._objective(c)))
+
+    def _meets(self, candidate: Candidate, speedup: float) -> bool:
+        options = self.options
+        fast = options.factor is None or speedup >= options.factor
+        exact = options.force_mae is None or candidate.error.forces <= options.force_mae
+        small = options.memory is None or candidate.memory <= Budget.parse(f"memory={options.memory}").value
+        return fast and exact and small
+
+    def _candidate(self, plan: Plan, evaluator: Evaluator, source: str) -> Candidate:
+        error = evaluator.error(plan)
+        return Candidate(
+            plan, error, self._time(plan), self.memory(plan), self.shapes.num_parameters(plan), source
+        )
+
+    def _time(self, plan: Plan) -> float:
+        return self.speed.relative_time(work(self.shapes.pruned(plan)))
+
+    def _scores(self) -> Scores:
+        path = self.folder / "scores.safetensors"
+        if path.is_file():
+            return load_scores(path, self.teacher)[0]
+        graphs = [
+            build_graph(a, model_spec(self.teacher), model_dtype(self.teacher)) for a in self.frames.fit
+        ]
+        used = some_structures(graphs, self.options.seed)
+        scores = importance(
+            self.teacher, used, self.options.importance, seed=self.options.seed, progress=self.progress
+        )
+        save_scores(path, scores, self.teacher, criterion=self.options.importance)
+        return scores
+
+    def _speed(self) -> SpeedModel:
+        path = self.folder / "speed.json"
+        if path.is_file():
+            return SpeedModel.model_validate_json(path.read_text())
+        watch = Stopwatch(self.teacher, self.graph, self.shapes, self.options.repeats)
+        watch.measure(probe_plans(self.shapes, odd_paths=self.options.odd_paths), self.progress)
+        self.speed = watch.fitted()
+        # Then plans of the kind that is going to be predicted.
+        bound = MARGIN / (self.options.factor or SPEEDS[1])
+        near: dict[str, Plan] = {plan.target: plan for _, plan in self._seeds(bound)}
+        if near:
+            watch.measure(list(near.values()), self.progress)
+        made = watch.fitted(bound)
+        write_text(path, made.model_dump_json(indent=1))
+        return made
+
+    def _finish(self, candidates: list[Candidate]) -> Found:
+        finalists, speedups = self._finalists(candidates)
+        good = [k for k, c in enumerate(finalists) if self._meets(c, speedups[k])]
+        best = good[0] if good else self._closest(finalists, speedups)
+        errors: HeldOutError | None = None
+        if self.options.distil_minutes is not None:
+            pool = [finalists[k] for k in (good or [best])]
+            winner = self._train(pool)
+            best = finalists.index(winner)
+        else:
+            made = self._compressed(finalists[best].plan)
+            errors = None if made.compensation is None else made.compensation.after
+            checkpoint.save(made.model, self.folder / "pruned.safetensors")
+        chosen = finalists[best]
+        measured = {
+            "speedup": speedups[best],
+            "finalists": [
+                {"plan": c.plan.target, "force_mae_meV_per_A": c.error.forces, "speedup": s}
+                for c, s in zip(finalists, speedups, strict=True)
+            ],
+        }
+        uncut = {
+            "parameters": num_parameters(self.teacher),
+            "seconds_per_atom": self.speed.reference_seconds,
+            "atoms": len(self.graph.species),
+        }
+        about = {"uncut": uncut, "speed_model": self.speed.model_dump()}
+        write_results(self.folder, self.options, about, candidates, chosen, measured)
+        return Found(chosen, best in good, speedups[best], errors, len(candidates))
+
+    def _finalists(self, candidates: list[Candidate]) -> tuple[list[Candidate], list[float]]:
+        """The best candidates and their measured speed-ups; a second lot if the first is too slow."""
+        watch = Stopwatch(self.teacher, self.graph, self.shapes, 2 * self.options.repeats)
+        ranked = self._ranked(candidates)
+        finalists: list[Candidate] = []
+        speedups: list[float] = []
+        for _ in range(2):
+            lot = ranked[: self.options.finalists]
+            if not lot:
+                break
+            times = watch.measure([c.plan for c in lot], self.progress)
+            finalists, speedups = [*finalists, *lot], [*speedups, *(1 / t for t in times)]
+            if any(self._meets(c, s) for c, s in zip(finalists, speedups, strict=True)):
+                break
+            off = float(np.median([t / c.time for t, c in zip(times, lot, strict=True)]))
+            left = [c for c in candidates if c not in finalists and self._meets(c, 1 / (off * c.time))]
+            ranked = sorted(left, key=self._objective)
+        return finalists, speedups
+
+    def _closest(self, finalists: Sequence[Candidate], speedups: Sequence[float]) -> int:
+        """The finalist that misses the target least."""
+        far = [self._violation(c, s) for c, s in zip(finalists, speedups, strict=True)]
+        return int(np.argmin(far))
+
+    def _violation(self, candidate: Candidate, speedup: float) -> float:
+        """How far a candidate is from the target."""
+        far = 0.0
+        if self.options.factor is not None:
+            far += max(0.0, math.log(self.options.factor / speedup))
+        if self.options.force_mae is not None:
+            far += max(0.0, math.log(candidate.error.forces / self.options.force_mae))
+        return far
+
+    def _compressed(self, plan: Plan) -> Compressed:
+        graphs = [
+            build_graph(a, model_spec(self.teacher), model_dtype(self.teacher)) for a in self.all_frames
+        ]
+        made = compress(
+            self.teacher, graphs, plan, scores=self.scores, seed=self.options.seed, progress=self.progress
+        )
+        record_step(made.model, "search", **self.options.model_dump(mode="json", exclude_none=True))
+        return made
+
+    def _train(self, pool: list[Candidate]) -> Candidate:
+        """Successive halving; writes the winner before and after its training."""
+        assert self.options.distil_minutes is not None
+        labelled = label(self.all_frames, self.teacher, self.folder / "labelled.xyz", progress=self.progress)
+        held = {digest_of(a) for a in self.frames.held_out}
+        valid = [a for a in labelled if digest_of(a) in held]
+        train = [a for a in labelled if digest_of(a) not in held]
+        students = {f"plan-{k}": self._compressed(c.plan).model for k, c in enumerate(pool)}
+        results = successive_halving(
+            students,
+            train,
+            valid,
+            self.options.distil_minutes,
+            self.folder / "distil",
+            progress=self.progress,
+        )
+        winner = results[-1]
+        checkpoint.save(students[winner.name], self.folder / "pruned.safetensors")
+        checkpoint.save(winner.result.model, self.folder / "distilled.safetensors")
+        rows = [
+            {
+                "plan": pool[int(r.name.partition("-")[2])].plan.target,
+                "round": r.round,
+                "force_mae_meV_per_A": r.forces,
+            }
+            for r in results
+        ]
+        write_text(self.folder / "halving.json", json.dumps(rows, indent=1))
+        return pool[int(winner.name.partition("-")[2])]

@@ -1,0 +1,154 @@
+"""The variables of a search: blocks of channels in each layer and order, and the order of the edges."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+from optuna.distributions import BaseDistribution, IntDistribution
+
+from compactmlip.channels import Channels
+from compactmlip.compress.allocate import full_channels
+from compactmlip.compress.cost import Shapes
+from compactmlip.compress.plan_file import Plan
+from compactmlip.search.speed import capped
+
+EDGE = "edge order above the features'"
+"""Name of the variable for the largest order of the harmonics of edges, where it is free: how far it is above
+the largest order of the features."""
+
+MOST_EXTRA = 2
+"""Its largest value."""
+
+STEPS = 24
+"""Halvings of the interval when a plan is scaled to its budget."""
+
+
+class Space:
+    """Translates between plans and the optimiser's variables.
+
+    Parameters
+    ----------
+    shapes
+        Of the model.
+    round_to
+        Channels per block.
+    options
+        Options that all plans share.
+    """
+
+    def __init__(self, shapes: Shapes, round_to: int, **options: object) -> None:
+        self.shapes, self.round_to, self.options = shapes, round_to, options
+        self.full = full_channels(shapes)
+        self._effects: dict[str, str] = {}
+        edges = [name for name in shapes.graph.groups if name.startswith("edge_harmonics/")]
+        self.edge_orders = len(edges) - 1 if edges else None
+
+    @property
+    def distributions(self) -> dict[str, BaseDistribution]:
+        """Ranges of the variables."""
+        found: dict[str, BaseDistribution] = {}
+        for (t, l), size in self._places():
+            found[name_of(t, l)] = IntDistribution(1 if l == 0 else 0, max(1, -(-size // self.round_to)))
+        if self.edge_orders is not None:
+            found[EDGE] = IntDistribution(0, min(MOST_EXTRA, self.edge_orders))
+        return found
+
+    def _places(self) -> Iterator[tuple[tuple[int, int], int]]:
+        for t, channels in enumerate(self.full):
+            for l, size in enumerate(channels):
+                if size:
+                    yield (t, l), size
+
+    def plan(self, blocks: Mapping[str, float]) -> Plan:
+        """Plan with (rounded) numbers of blocks."""
+        layers = []
+        for t, channels in enumerate(self.full):
+            sizes = []
+            for l, size in enumerate(channels):
+                count = int(blocks.get(name_of(t, l), 0) + 0.5)
+                sizes.append(min(size, self.round_to * (max(1, count) if l == 0 else count)))
+            layers.append(_trimmed(sizes))
+        edge = None
+        if self.edge_orders is not None:
+            edge = min(_highest(layers) + int(blocks[EDGE]), self.edge_orders)
+        return Plan.of(layers, edge_order=edge, **self.options)
+
+    def blocks(self, plan: Plan) -> dict[str, int]:
+        """Variables of a plan."""
+        found = {}
+        for (t, l), _ in self._places():
+            channels = plan.channels[t]
+            found[name_of(t, l)] = -(-channels[l] // self.round_to) if l < len(channels) else 0
+        if self.edge_orders is not None:
+            highest = _highest(plan.channels)
+            edge = highest if plan.edge_order is None else plan.edge_order
+            found[EDGE] = min(max(edge - highest, 0), MOST_EXTRA, self.edge_orders)
+        return found
+
+    def effect(self, plan: Plan) -> str:
+        """What the plan leaves, as a text: plans that differ only in what has no effect have the same."""
+        name = plan.model_copy(update={"made_by": {}}).to_json()
+        if name not in self._effects:
+            self._effects[name] = json.dumps(self.shapes.pruned(plan).architecture, sort_keys=True)
+        return self._effects[name]
+
+    def scaled(self, plan: Plan, load: Callable[[Plan], float]) -> Plan | None:
+        """The largest plan of the same proportions with a load of at most one; None if there is none.
+
+        Orders that the plan does not have stay away.
+        """
+        blocks = self.blocks(plan)
+        fixed = {EDGE: blocks.pop(EDGE)} if EDGE in blocks else {}
+        loads: dict[str, float] = {}
+
+        def at(factor: float) -> tuple[Plan, float]:
+            made = self.plan({name: factor * count for name, count in blocks.items()} | fixed)
+            if made.target not in loads:
+                loads[made.target] = load(made)
+            return made, loads[made.target]
+
+        low, high = 0.0, 1.0
+        while at(high)[1] <= 1 and high < 64:
+            low, high = high, 2 * high
+        if at(low)[1] > 1:
+            return None
+        for _ in range(STEPS):
+            middle = (low + high) / 2
+            low, high = (middle, high) if at(middle)[1] <= 1 else (low, middle)
+        return at(low)[0]
+
+    def uniform(self, text: str, edge_order: int | None = None) -> Plan:
+        """Plan with the same channels in all layers, as far as the model has them."""
+        if self.edge_orders is None:
+            edge_order = None
+        elif edge_order is not None:
+            edge_order = min(edge_order, self.edge_orders)
+        plan = Plan.uniform(text, len(self.full), edge_order=edge_order, **self.options)
+        return capped(plan, self.full)
+
+    def tapered(self, plan: Plan, ratio: float) -> Plan:
+        """The plan with channels above order 0 that change towards the last layer, by ``ratio`` in all."""
+        last = max(len(self.full) - 1, 1)
+        blocks: dict[str, float] = dict(self.blocks(plan))
+        for (t, l), _ in self._places():
+            if l:
+                blocks[name_of(t, l)] *= ratio ** (t / last)
+        return self.plan(blocks)
+
+
+def name_of(t: int, l: int) -> str:
+    """Name of the variable for one layer and order."""
+    return f"layer {t}, l = {l}"
+
+
+def _highest(layers: Sequence[Channels]) -> int:
+    """Largest order that any layer has."""
+    return max(len(channels) - 1 for channels in layers)
+
+
+def _trimmed(sizes: Sequence[int]) -> Channels:
+    left = list(sizes)
+    while left and not left[-1]:
+        left.pop()
+    return tuple(left)

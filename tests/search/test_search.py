@@ -1,0 +1,226 @@
+"""The search end to end on a small random model, its variables, its speed model and its journal."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from ase import Atoms
+from ase.build import bulk
+from torch import nn
+
+from compactmlip import checkpoint
+from compactmlip.compress.apply import keep_species
+from compactmlip.compress.cost import Shapes
+from compactmlip.compress.plan_file import Plan
+from compactmlip.errors import InputError
+from compactmlip.models import model_spec
+from compactmlip.models.workload import Work
+from compactmlip.search import run as module
+from compactmlip.search.evaluate import PlanError
+from compactmlip.search.options import SearchOptions
+from compactmlip.search.run import search
+from compactmlip.search.space import EDGE, Space
+from compactmlip.search.speed import SpeedModel, Stopwatch
+from compactmlip.search.study import Candidate, Study, front
+
+SMALL = {"atoms": 16, "round_to": 2, "fit_atoms": 24, "held_out_atoms": 8, "repeats": 1, "minutes": 5.0}
+
+
+@pytest.fixture(scope="module")
+def teacher(make_spec: Callable[..., Any], make_model: Callable[..., nn.Module]) -> nn.Module:
+    spec = make_spec(channels=(16, 8, 4), num_layers=3, lmax_edge=2, cutoff=2.5)
+    return keep_species(make_model(spec), ("Mg", "O"))
+
+
+@pytest.fixture(scope="module")
+def frames() -> list[Atoms]:
+    made = []
+    for seed in range(24):
+        atoms = bulk("MgO", "rocksalt", a=4.21)
+        atoms.rattle(0.1, seed=seed)
+        made.append(atoms)
+    return made
+
+
+@pytest.fixture
+def fake_speed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Times that are the counted work: nothing depends on how busy the machine is."""
+
+    def measure(self: Stopwatch, plans: list[Plan], progress: bool = False) -> list[float]:
+        from compactmlip.models import work
+
+        def amount(spec: Any) -> float:
+            return work(spec).multiply_adds(self.edges_per_atom) + 1000.0
+
+        whole = amount(self.shapes.spec)
+        self.seconds.append(1e-3)
+        found = []
+        for plan in plans:
+            spec = self.shapes.pruned(plan)
+            found.append(amount(spec) / whole)
+            self.measured[plan.target] = (work(spec), found[-1])
+        return found
+
+    monkeypatch.setattr(Stopwatch, "measure", measure)
+
+
+def test_search_writes_a_plan_that_meets_its_target(
+    teacher: nn.Module, frames: list[Atoms], tmp_path: Path, fake_speed: None
+) -> None:
+    options = SearchOptions(speedup="3x", candidates=6, **SMALL)
+    found = search(teacher, frames, options, tmp_path, progress=False)
+    assert found.meets_target
+    assert found.speedup is not None and found.speedup >= 3
+    plan = Plan.load(tmp_path / "plan.json")
+    assert plan.target == found.chosen.plan.target
+    assert plan.made_by["search"] == {"speedup": "3x"}
+    model = checkpoint.load(tmp_path / "pruned.safetensors")
+    shapes = Shapes(teacher)
+    assert model_spec(model).architecture == shapes.pruned(plan).architecture
+    written = json.loads((tmp_path / "front.json").read_text())
+    assert len(written["candidates"]) == found.candidates == 6
+    assert (tmp_path / "front.png").stat().st_size > 1000
+    times = [row["relative_time"] for row in written["front"]]
+    errors = [row["force_mae_meV_per_A"] for row in written["front"]]
+    assert times == sorted(times) and errors == sorted(errors, reverse=True)
+    best = min(row["force_mae_meV_per_A"] for row in written["candidates"])
+    assert found.chosen.error.forces == pytest.approx(best)
+
+
+def test_a_stopped_search_continues(
+    teacher: nn.Module,
+    frames: list[Atoms],
+    tmp_path: Path,
+    fake_speed: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A search that dies in its fourth candidate keeps three, and does not evaluate them again."""
+    options = SearchOptions(speedup="3x", candidates=6, **SMALL)
+    evaluated: list[str] = []
+    real = module.Evaluator.error
+
+    def dies(self: Any, plan: Plan) -> PlanError:
+        evaluated.append(plan.to_json())
+        if len(evaluated) == 4:
+            raise KeyboardInterrupt
+        return real(self, plan)
+
+    monkeypatch.setattr(module.Evaluator, "error", dies)
+    with pytest.raises(KeyboardInterrupt):
+        search(teacher, frames, options, tmp_path, progress=False)
+    found = search(teacher, frames, options, tmp_path, progress=False)
+    assert found.candidates == 6
+    assert len(evaluated) == 7, "three, the lost one, and three more"
+    assert len({*evaluated}) == 6
+    other = options.model_copy(update={"speedup": "2x"})
+    with pytest.raises(InputError, match="another model, other structures or options"):
+        search(teacher, frames, other, tmp_path, progress=False)
+
+
+def test_finalists_are_trained_by_halving(
+    teacher: nn.Module, frames: list[Atoms], tmp_path: Path, fake_speed: None
+) -> None:
+    options = SearchOptions(speedup="2x", candidates=3, distil_minutes=0.05, finalists=2, **SMALL)
+    search(teacher, frames, options, tmp_path, progress=False)
+    rounds = json.loads((tmp_path / "halving.json").read_text())
+    assert [row["round"] for row in rounds] in ([1, 1, 2], [1])
+    assert checkpoint.load(tmp_path / "distilled.safetensors") is not None
+    assert Plan.load(tmp_path / "plan.json").target == rounds[-1]["plan"]
+
+
+def test_error_target_prefers_the_fastest_that_is_accurate_enough(
+    teacher: nn.Module, frames: list[Atoms], tmp_path: Path, fake_speed: None
+) -> None:
+    options = SearchOptions(candidates=6, **SMALL)
+    free = search(teacher, frames, options, tmp_path / "free", progress=False)
+    errors = sorted(
+        row["force_mae_meV_per_A"]
+        for row in json.loads((tmp_path / "free" / "front.json").read_text())["candidates"]
+    )
+    assert free.candidates == 6
+    limited = SearchOptions(force_mae=errors[3], candidates=6, **SMALL)
+    found = search(teacher, frames, limited, tmp_path / "limited", progress=False)
+    rows = json.loads((tmp_path / "limited" / "front.json").read_text())["candidates"]
+    good = [row["relative_time"] for row in rows if row["force_mae_meV_per_A"] <= errors[3]]
+    assert found.chosen.time == pytest.approx(min(good))
+
+
+def test_too_few_structures(teacher: nn.Module, frames: list[Atoms], tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="more structures"):
+        search(teacher, frames[:3], SearchOptions(**SMALL), tmp_path, progress=False)
+
+
+def test_plans_are_scaled_to_their_budget(teacher: nn.Module) -> None:
+    space = Space(Shapes(teacher), 2)
+    plan = space.uniform("8x0+4x1", edge_order=2)  # the last layer has scalars only
+    assert space.plan(space.blocks(plan)) == plan
+    assert space.blocks(plan)[EDGE] == 1, "one above the features'"
+
+    def load(p: Plan) -> float:
+        return sum(map(sum, p.channels)) / 20
+
+    scaled = space.scaled(plan, load)
+    assert scaled is not None
+    assert load(scaled) <= 1
+    assert [len(c) for c in scaled.channels] == [2, 2, 1] and scaled.edge_order == 2
+    assert space.scaled(plan, lambda p: 2.0) is None
+    assert space.scaled(plan, lambda p: 0.0).channels == ((16, 8), (16, 8), (16,))  # type: ignore[union-attr]
+
+
+def test_tapered_plans_thin_out(teacher: nn.Module) -> None:
+    space = Space(Shapes(teacher), 1)
+    plan = space.tapered(space.uniform("16x0+8x1"), 0.25)
+    assert [c[1] if len(c) > 1 else 0 for c in plan.channels] == [8, 4, 0]
+    assert [c[0] for c in plan.channels] == [16, 16, 16]
+
+
+def test_speed_model_finds_what_the_times_are_made_of() -> None:
+    rng = np.random.default_rng(0)
+    works = [Work(*rng.uniform(1, 10, size=6)) for _ in range(12)]
+    times = [0.1 + 0.02 * w.dense + 0.5 * 3 * w.convolution for w in works]
+    found = SpeedModel.fit(list(zip(works, times, strict=True)), 3.0, 1.0)
+    assert found.deviation < 1e-6
+    assert found.coefficients["dense"] == pytest.approx(0.02)
+    assert found.coefficients["convolution"] == pytest.approx(0.5)
+    assert found.constant == pytest.approx(0.1)
+    assert [found.relative_time(w) for w in works] == pytest.approx(times)
+
+
+def test_larger_models_are_measured_to_be_slower(teacher: nn.Module, kernels: None) -> None:
+    from compactmlip.data.graph import build_graph
+
+    atoms = bulk("MgO", "rocksalt", a=4.21, cubic=True).repeat(4)
+    graph = build_graph(atoms, model_spec(teacher), torch.float32)
+    watch = Stopwatch(teacher, graph, Shapes(teacher), repeats=9)
+    space = Space(Shapes(teacher), 2)
+    (small,) = watch.measure([space.uniform("2x0")])
+    assert small < 0.95
+    assert watch.fitted().reference_seconds > 0
+
+
+def test_front() -> None:
+    plan = Plan(layers=("8x0",))
+    made = [
+        Candidate(plan, PlanError(0.0, error), time, 0.0, 0, "optuna")
+        for error, time in ((10.0, 1.0), (20.0, 0.5), (25.0, 0.6), (30.0, 0.5))
+    ]
+    assert [(c.error.forces, c.time) for c in front(made)] == [(20.0, 0.5), (10.0, 1.0)]
+
+
+def test_journal_survives(teacher: nn.Module, tmp_path: Path) -> None:
+    space = Space(Shapes(teacher), 2)
+    one = Candidate(space.uniform("4x0+2x1"), PlanError(1.0, 2.0), 0.3, 1e8, 77, "uniform")
+    study = Study(tmp_path, space, lambda c: c.error.forces, seed=0)
+    study.add(one)
+    study.study.ask(space.distributions)  # as if the process died here
+    again = Study(tmp_path, space, lambda c: c.error.forces, seed=0)
+    assert again.candidates == [one]
+    assert again.knows(one.plan) and not again.knows(space.uniform("2x0"))
+    plan = next(again.proposals(lambda: lambda p: 0.5))
+    assert not again.knows(plan)

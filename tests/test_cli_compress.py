@@ -1,0 +1,115 @@
+"""Commands that score, cut by a plan or a budget, and search."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import ase.io
+import pytest
+import torch
+from ase.build import bulk
+from torch import nn
+
+from compactmlip import cli
+from compactmlip.checkpoint import load, save
+from compactmlip.compress.plan_file import Plan
+from compactmlip.models import model_spec, num_parameters
+
+Run = Callable[[str], tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    make_spec: Callable[..., Any],
+    make_model: Callable[..., nn.Module],
+) -> Run:
+    """Run a command line in a folder with a model and structures."""
+    spec = make_spec(channels=(8, 4), num_layers=2, lmax_edge=1, cutoff=3.0, species=("Mg", "O"))
+    save(make_model(spec, dtype=torch.float32), tmp_path / "teacher.safetensors")
+    frames = []
+    for seed in range(12):
+        atoms = bulk("MgO", "rocksalt", a=4.21)
+        atoms.rattle(0.1, seed=seed)
+        frames.append(atoms)
+    ase.io.write(tmp_path / "mgo.xyz", frames)
+    monkeypatch.chdir(tmp_path)
+
+    def call(line: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["compactmlip", *line.split()])
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call
+
+
+def test_scores_budget_and_plan(run: Run) -> None:
+    code, out, err = run(
+        "importance teacher.safetensors --calibration mgo.xyz --criterion hessian --resamples 1 --json"
+    )
+    assert code == 0, err
+    found = json.loads(out)
+    assert 0 < found["overlap"] <= 1 and len(found["layer_relevance"]) == 2
+    assert Path("scores.png").stat().st_size > 1000
+    assert json.loads(Path("scores.stability.json").read_text())["criterion"] == "hessian"
+
+    code, out, err = run(
+        "prune teacher.safetensors --calibration mgo.xyz --importance scores.safetensors --round-to 2 "
+        "--budget parameters=50% -o half.safetensors --json"
+    )
+    assert code == 0, err
+    found = json.loads(out)
+    assert found["parameters"] <= 0.5 * found["parameters_before"]
+    plan = Plan.load("half.plan.json")
+    assert plan.importance == "hessian" and plan.made_by["budget"] == "parameters=50%"
+
+    code, out, err = run(
+        "prune teacher.safetensors --calibration mgo.xyz --plan half.plan.json --importance "
+        "scores.safetensors -o again.safetensors --json"
+    )
+    assert code == 0, err
+    one, two = load("half.safetensors"), load("again.safetensors")
+    assert model_spec(one).architecture == model_spec(two).architecture
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--to 4x0 --budget parameters=50%", "give only one of --to and --budget"),
+        ("--budget sweets=50%", "cannot read the budget"),
+        ("--plan none.json", "cannot read the plan none.json"),
+        ("--importance none.safetensors", "no such file"),
+        ("--to 4x0 --importance taylr", "unknown importance 'taylr'"),
+        ("--budget parameters=3", "cannot be met"),
+    ],
+)
+def test_what_cannot_be_is_refused(run: Run, options: str, message: str) -> None:
+    code, _, err = run(f"prune teacher.safetensors --calibration mgo.xyz {options}")
+    assert code == 1
+    assert message in err
+    assert not Path("pruned.safetensors").exists()
+
+
+def test_search(run: Run) -> None:
+    settings = "--set atoms=16 --set round_to=2 --set fit_atoms=14 --set held_out_atoms=6 --set repeats=1"
+    code, out, err = run(
+        f"search teacher.safetensors --data mgo.xyz --memory 2GB --candidates 2 {settings} --json"
+    )
+    assert code == 0, err
+    found = json.loads(out)
+    assert found["candidates"] == 2 and found["meets_target"]
+    assert num_parameters(load("search/pruned.safetensors")) == found["parameters"]
+    code, _, err = run(f"search teacher.safetensors --data mgo.xyz --speedup fast {settings}")
+    assert code == 1 and "speedup" in err
