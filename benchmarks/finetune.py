@@ -184,7 +184,7 @@ def write_report(bench: Bench) -> None:
     options = bench.options
     command = (
         f"python benchmarks/finetune.py TRAIN.xyz TEST.xyz --work DIR --minutes {options.minutes:g} "
-        f"--target {options.target} --every {options.every}"
+        f"--target {options.target} --every {options.every} --calibration {options.calibration}"
     )
     text = header("Fine-tuning", command)
     sizes = {name: (len(f), sum(map(len, f))) for name, f in bench.frames.items()}
