@@ -224,3 +224,17 @@ def test_journal_survives(teacher: nn.Module, tmp_path: Path) -> None:
     assert again.knows(one.plan) and not again.knows(space.uniform("2x0"))
     plan = next(again.proposals(lambda: lambda p: 0.5))
     assert not again.knows(plan)
+
+
+def test_predictions_are_right_near_the_wanted_speed() -> None:
+    """Times that are not linear in the work: the median near a time is right all the same."""
+    rng = np.random.default_rng(1)
+    works = [Work(dense=float(x)) for x in np.linspace(1, 100, 25)]
+    times = [0.01 * w.dense**1.3 * float(rng.uniform(0.98, 1.02)) for w in works]
+    rows = list(zip(works, times, strict=True))
+    plain, near = (SpeedModel.fit(rows, 1.0, 1.0, at) for at in (None, 0.2))
+    close = [k for k, t in enumerate(times) if 0.2 / 1.5 < t < 0.3]
+    off = [
+        np.median([abs(np.log(m.relative_time(works[k]) / times[k])) for k in close]) for m in (plain, near)
+    ]
+    assert off[1] < 0.5 * off[0]
