@@ -371,7 +371,7 @@ def _specialize(
 
 
 def _present(frames: list[Any]) -> tuple[str, ...]:
-    return tuple(sorted({s for a in frames for s in a.get_chemicalsymbols_in()}))
+    return tuple(sorted({s for a in frames for s in a.get_chemical_symbols()}))
 
 
 def _teacher_for(

@@ -33,7 +33,7 @@ from compactmlip.search.evaluate import Evaluator, Frames, split_frames
 from compactmlip.search.halving import successive_halving
 from compactmlip.search.options import SearchOptions
 from compactmlip.search.record import State, digest_of, identity_of, write_results, write_text
-from compactmlip.search.space import Space
+from compactmlip.search.space import EDGE, Space
 from compactmlip.search.speed import SpeedModel, Stopwatch, probe_plans
 from compactmlip.search.study import Candidate, Study
 from compactmlip.validate.supercells import near_size
@@ -193,7 +193,9 @@ class _Search:
 
     def _plans(self, study: Study) -> Any:
         """First plans of known kinds, then the optimiser's."""
-        bounds = [MARGIN / self.options.factor] if self.options.factor else [1 / s for s in SPEEDS]
+        bounds = (
+            [MARGIN / self.options.factor] if self.options.factor else [self._reachable(s) for s in SPEEDS]
+        )
         for bound in bounds:
             for source, plan in self._seeds(bound):
                 yield source, plan
@@ -252,7 +254,11 @@ class _Search:
             # A little faster than the fastest that is accurate enough; slower while there is none.
             good = [c.time for c in candidates if c.error.forces <= self.options.force_mae]
             return self._load(0.95 * min(good) if good else min(1.0, 1.3 * max(c.time for c in candidates)))
-        return self._load(1 / SPEEDS[len(candidates) % len(SPEEDS)])
+        return self._load(self._reachable(SPEEDS[len(candidates) % len(SPEEDS)]))
+
+    def _reachable(self, speedup: float) -> float:
+        """Relative time for a speed-up, or that of the smallest plan where it is not as fast."""
+        return max(1 / speedup, 1.02 * self._time(self.space.plan({EDGE: 0})))
 
     def _objective(self, candidate: Candidate) -> float:
         """What is minimised: the error at the wanted speed, or the time at the wanted error."""
@@ -313,6 +319,13 @@ class _Search:
         return made
 
     def _finish(self, candidates: list[Candidate]) -> Found:
+        if not candidates:
+            fastest = 1 / self._time(self.space.plan({EDGE: 0}))
+            raise InputError(
+                f"no plan meets the target: the smallest one is predicted to be {fastest:.1f} times as fast "
+                f"as the uncut model with {len(self.graph.species)} atoms. Ask for less, or time more atoms "
+                "(--set atoms=512)."
+            )
         finalists, speedups = self._finalists(candidates)
         good = [k for k, c in enumerate(finalists) if self._meets(c, speedups[k])]
         best = good[0] if good else self._closest(finalists, speedups)

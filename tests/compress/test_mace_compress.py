@@ -178,7 +178,7 @@ def test_mistakes_are_told_before_the_work(
         raise AssertionError("the mistake was found too late")
 
     monkeypatch.setattr("compactmlip.compress.compress.prune", work)
-    monkeypatch.setattr("compactmlip.compress.importance._taylor_products", work)
+    monkeypatch.setattr("compactmlip.compress.importance._taylor_by_structure", work)
     with pytest.raises(error, match=message):
         compress(teacher, _graphs(teacher, 2), target, **options)
 

@@ -156,6 +156,14 @@ def test_too_few_structures(teacher: nn.Module, frames: list[Atoms], tmp_path: P
         search(teacher, frames[:3], SearchOptions(**SMALL), tmp_path, progress=False)
 
 
+def test_target_out_of_reach(
+    teacher: nn.Module, frames: list[Atoms], tmp_path: Path, fake_speed: None
+) -> None:
+    options = SearchOptions(speedup="10000x", candidates=2, **SMALL)
+    with pytest.raises(InputError, match="no plan meets the target: the smallest one is predicted to be"):
+        search(teacher, frames, options, tmp_path, progress=False)
+
+
 def test_plans_are_scaled_to_their_budget(teacher: nn.Module) -> None:
     space = Space(Shapes(teacher), 2)
     plan = space.uniform("8x0+4x1", edge_order=2)  # the last layer has scalars only
@@ -235,6 +243,6 @@ def test_predictions_are_right_near_the_wanted_speed() -> None:
     plain, near = (SpeedModel.fit(rows, 1.0, 1.0, at) for at in (None, 0.2))
     close = [k for k, t in enumerate(times) if 0.2 / 1.5 < t < 0.3]
     off = [
-        np.median([abs(np.log(m.relative_time(works[k]) / times[k])) for k in close]) for m in (plain, near)
+        abs(np.median([np.log(m.relative_time(works[k]) / times[k]) for k in close])) for m in (plain, near)
     ]
-    assert off[1] < 0.5 * off[0]
+    assert off[1] < 0.03 < 0.06 < off[0]
