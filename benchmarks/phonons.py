@@ -13,11 +13,9 @@ from __future__ import annotations
 import argparse
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from ase import Atoms
 from ase.build import bulk
 from common import header, parser, report, table
 from phonopy import Phonopy
@@ -29,6 +27,7 @@ from compactmlip.deploy.archive import inspect
 from compactmlip.deploy.compile import compile_model
 from compactmlip.families import load_model
 from compactmlip.models import model_spec
+from compactmlip.validate.phonons import find_force_constants, sorted_frequencies
 
 ALLOWED = 0.05
 """THz"""
@@ -43,21 +42,9 @@ def frequencies(calculator: CompactMLIPCalculator, options: argparse.Namespace) 
         scaled_positions=crystal.get_scaled_positions(),
     )
     phonons = Phonopy(cell, supercell_matrix=np.eye(3, dtype=int) * options.supercell, primitive_matrix="F")
-    phonons.generate_displacements(distance=options.displacement)
-    displaced = phonons.supercells_with_displacements
-    assert displaced is not None
-    forces = []
-    for supercell in displaced:
-        assert supercell is not None
-        atoms = Atoms(supercell.symbols, supercell.positions, cell=supercell.cell, pbc=True)
-        atoms.calc = calculator
-        forces.append(atoms.get_forces())
-    phonons.forces = np.array(forces)
-    phonons.produce_force_constants()
-    phonons.symmetrize_force_constants()
+    find_force_constants(phonons, calculator, options.displacement)
     phonons.run_mesh([options.mesh] * 3)
-    mesh: Any = phonons.mesh
-    return np.sort(np.asarray(mesh.frequencies, dtype=float), axis=1)
+    return sorted_frequencies(phonons)
 
 
 def main() -> None:

@@ -25,7 +25,9 @@ from compactmlip.cli_types import (
     Structures,
     Teacher,
     To,
+    load_for,
     print_result,
+    species_of,
     symbols_in,
 )
 from compactmlip.errors import CompactMLIPError, InputError
@@ -177,7 +179,7 @@ def sample(
     options = resolve(SampleOptions, config, settings or [], n=number, seed=seed)
     frames = read_structures(structures)
     path = output or Path("samples.xyz")
-    loaded = _teacher_for(teacher, modality, accept_licence, frames, device, not as_json)
+    loaded = load_for(teacher, species_of(frames), modality, accept_licence, device, not as_json)
     made = run(frames, loaded, options, progress=not as_json)
     write_labelled(path, made)
     print_result(as_json, f"wrote {len(made)} structures to {path}", output=path, structures=len(made))
@@ -199,7 +201,7 @@ def label(
 
     frames = read_structures(structures)
     path = output or Path("labelled.xyz")
-    loaded = _teacher_for(teacher, modality, accept_licence, frames, device, not as_json)
+    loaded = load_for(teacher, species_of(frames), modality, accept_licence, device, not as_json)
     done = run(frames, loaded, path, progress=not as_json)
     print_result(
         as_json, f"wrote {len(done)} labelled structures to {path}", output=path, structures=len(done)
@@ -368,27 +370,6 @@ def _specialize(
         print(certificate.model_dump_json())
     else:
         print_summary(certificate, folder)
-
-
-def _present(frames: list[Any]) -> tuple[str, ...]:
-    return tuple(sorted({s for a in frames for s in a.get_chemical_symbols()}))
-
-
-def _teacher_for(
-    name: str,
-    modality: str | None,
-    accept_licence: str | None,
-    frames: list[Any],
-    device: str,
-    progress: bool,
-) -> Any:
-    """Load a teacher and drop the species that the structures do not have."""
-    from compactmlip.compress.apply import keep_species
-    from compactmlip.deploy.archive import usable_device
-    from compactmlip.families import load_model
-
-    loaded = load_model(name, modality=modality, dtype=None, accept_licence=accept_licence, progress=progress)
-    return keep_species(loaded, _present(frames)).to(usable_device(device))
 
 
 if __name__ == "__main__":

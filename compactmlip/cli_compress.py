@@ -28,7 +28,9 @@ from compactmlip.cli_types import (
     Settings,
     Species,
     To,
+    load_for,
     print_result,
+    species_of,
     symbols_in,
 )
 from compactmlip.errors import InputError
@@ -46,29 +48,12 @@ DEFAULT_TARGET = "64x0+32x1+16x2"
 """What ``prune`` keeps if nothing says otherwise."""
 
 
-def _load(
-    model: str,
-    frames: list[Any],
-    species: str | None,
-    modality: str | None,
-    accept_licence: str | None,
-    device: str,
-    progress: bool,
-) -> tuple[nn.Module, list[GraphBatch]]:
-    """The model for the species of some structures, and their graphs."""
-    from compactmlip.compress.apply import keep_species
+def _graphs(frames: list[Any], teacher: nn.Module) -> list[GraphBatch]:
+    """Structures as a model reads them."""
     from compactmlip.data.graph import build_graph
-    from compactmlip.deploy.archive import usable_device
-    from compactmlip.families import load_model
     from compactmlip.models import model_dtype, model_spec
 
-    loaded = load_model(
-        model, modality=modality, dtype=None, accept_licence=accept_licence, progress=progress
-    )
-    present = tuple(sorted({s for a in frames for s in a.get_chemical_symbols()}))
-    teacher = keep_species(loaded, symbols_in(species) or present).to(usable_device(device))
-    graphs = [build_graph(a, model_spec(teacher), model_dtype(teacher)) for a in frames]
-    return teacher, graphs
+    return [build_graph(a, model_spec(teacher), model_dtype(teacher)) for a in frames]
 
 
 def importance(
@@ -89,7 +74,7 @@ def importance(
     """Score channels and layers; writes the scores, a picture and the ranking's stability."""
     import json
 
-    from compactmlip.checkpoint import atomic_write
+    from compactmlip.checkpoint import atomic_write_text
     from compactmlip.compress.compress import some_structures
     from compactmlip.compress.importance import importance as run
     from compactmlip.compress.relevance import layer_relevance
@@ -100,7 +85,9 @@ def importance(
 
     path = output or Path("scores.safetensors")
     frames = read_structures(calibration)
-    teacher, graphs = _load(model, frames, species, modality, accept_licence, device, not as_json)
+    kept = symbols_in(species) or species_of(frames)
+    teacher = load_for(model, kept, modality, accept_licence, device, not as_json)
+    graphs = _graphs(frames, teacher)
     used = some_structures(graphs, seed)
     scores = run(teacher, used, criterion, seed=seed, progress=not as_json)
     relevance = layer_relevance(teacher, used)
@@ -117,10 +104,7 @@ def importance(
         }
         report = json.dumps({"criterion": criterion, "resamples": resamples, "groups": groups}, indent=1)
 
-        def write(temporary: Path) -> None:
-            temporary.write_text(report + "\n", encoding="utf-8")
-
-        atomic_write(path.with_suffix(".stability.json"), write)
+        atomic_write_text(path.with_suffix(".stability.json"), report + "\n")
         values |= {"spearman": mean.spearman, "overlap": mean.overlap}
         text += f"; two halves of the structures agree: Spearman {mean.spearman:.2f}, "
         text += f"{100 * mean.overlap:.0f} % of the upper half the same"
@@ -162,7 +146,9 @@ def prune(
     if layers and budget:
         raise InputError("give --layers or --budget; to have both, cut layers first and prune the result.")
     frames = read_structures(calibration)
-    teacher, graphs = _load(model, frames, species, modality, accept_licence, device, not as_json)
+    kept = symbols_in(species) or species_of(frames)
+    teacher = load_for(model, kept, modality, accept_licence, device, not as_json)
+    graphs = _graphs(frames, teacher)
     path = output or Path("pruned.safetensors")
     options: dict[str, Any] = {"radial_hidden": radial_hidden, "readout_hidden": readout_hidden}
     target: str | Plan | None = to or (None if layers or num_basis else DEFAULT_TARGET)
@@ -312,7 +298,8 @@ def search(
         seed=seed,
     )
     frames = read_structures(data)
-    teacher, _ = _load(model, frames, species, modality, accept_licence, "cpu", not as_json)
+    kept = symbols_in(species) or species_of(frames)
+    teacher = load_for(model, kept, modality, accept_licence, "cpu", not as_json)
     folder = output or Path("search")
     found = run(teacher, frames, options, folder, progress=not as_json)
     print_result(as_json, found.text(folder), **found.values(folder))

@@ -19,6 +19,7 @@ from compactmlip.cli_types import (
     Seed,
     Settings,
     print_result,
+    symbols_in,
 )
 from compactmlip.errors import InputError
 
@@ -89,9 +90,7 @@ def finetune(
         "labels__energy_unit": energy_unit,
         "labels__forces_unit": forces_unit,
         "labels__stress_unit": stress_unit,
-        "keep_species": None
-        if keep_species is None
-        else [s.strip() for s in keep_species.split(",") if s.strip()],
+        "keep_species": symbols_in(keep_species),
         "freeze": freeze or None,
         "lora_rank": lora,
         "group_key": group_key,

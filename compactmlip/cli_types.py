@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -100,6 +101,28 @@ BasisStart = Annotated[
 def symbols_in(text: str | None) -> tuple[str, ...] | None:
     """Species of a list such as ``Mg,O``."""
     return None if text is None else tuple(s.strip() for s in text.split(",") if s.strip())
+
+
+def species_of(frames: Iterable[Any]) -> tuple[str, ...]:
+    """Species of structures, sorted."""
+    return tuple(sorted({s for a in frames for s in a.get_chemical_symbols()}))
+
+
+def load_for(
+    name: str,
+    species: tuple[str, ...],
+    modality: str | None,
+    accept_licence: str | None,
+    device: str,
+    progress: bool,
+) -> Any:
+    """Load a model by name or file, with these species only."""
+    from compactmlip.compress.apply import keep_species
+    from compactmlip.deploy.archive import usable_device
+    from compactmlip.families import load_model
+
+    loaded = load_model(name, modality=modality, dtype=None, accept_licence=accept_licence, progress=progress)
+    return keep_species(loaded, species).to(usable_device(device))
 
 
 def print_result(as_json: bool, text: str, **values: Any) -> None:

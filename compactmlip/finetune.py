@@ -24,6 +24,7 @@ from compactmlip.families import load_model
 from compactmlip.models import model_spec
 from compactmlip.train.finetune import FinetuneData, FinetuneResult, finetune
 from compactmlip.train.finetune_options import FinetuneOptions
+from compactmlip.train.state import make_folder
 from compactmlip.validate.report.finetuning import build_finetune_report
 
 SUMMARY_FILE, REPORT_FILE, CONFIG_FILE = "summary.json", "report.html", "config.yaml"
@@ -118,30 +119,16 @@ def finetune_files(
     if not files.valid:
         write_labelled(out / "valid.xyz", data.valid)
     config = yaml.safe_dump(options.model_dump(mode="json"), sort_keys=False)
-    checkpoint.atomic_write(out / CONFIG_FILE, lambda p: _write_text(p, config))
+    checkpoint.atomic_write_text(out / CONFIG_FILE, config)
     result = finetune(parent.to(usable_device(device)), data, options, out, progress, say=say)
     summary = _summary(result, str(model), read, split, notes, options)
     summary["parent_provenance"] = model_spec(parent).provenance.model_dump(mode="json")
     summary["minutes_of_this_part"] = round((time.monotonic() - began) / 60, 3)
     report = build_finetune_report(summary)
-    checkpoint.atomic_write(out / REPORT_FILE, lambda p: _write_text(p, report))
+    checkpoint.atomic_write_text(out / REPORT_FILE, report)
     text = json.dumps(summary, indent=1)
-    checkpoint.atomic_write(out / SUMMARY_FILE, lambda p: _write_text(p, text))
+    checkpoint.atomic_write_text(out / SUMMARY_FILE, text)
     return summary
-
-
-def make_folder(path: Path) -> None:
-    """Make the folder of a run.
-
-    Raises
-    ------
-    InputError
-        If that is not possible.
-    """
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"cannot create the folder {path}: {error.strerror or error}.") from error
 
 
 def _prepare(
@@ -208,7 +195,3 @@ def _without_nan(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_without_nan(v) for v in value]
     return value
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")

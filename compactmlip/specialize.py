@@ -100,7 +100,7 @@ class Folder:
                 )
             self.record = found if same else self.record
         text = yaml.safe_dump(resolved, sort_keys=False)
-        checkpoint.atomic_write(self / "config.yaml", lambda p: _write_text(p, text))
+        checkpoint.atomic_write_text(self / "config.yaml", text)
 
     def __truediv__(self, name: str) -> Path:
         return self.path / name
@@ -121,7 +121,7 @@ class Folder:
                 self.record["seconds"][name] = spent
                 self.record["peak_memory_GB"] = max(self.record.get("peak_memory_GB", 0.0), _peak_memory())
                 text = json.dumps(self.record, indent=1)
-                checkpoint.atomic_write(self / "state.json", lambda p: _write_text(p, text))
+                checkpoint.atomic_write_text(self / "state.json", text)
         result: dict[str, Any] = self.record["results"][name]
         return result
 
@@ -246,7 +246,7 @@ class _Run:
             left = self.options.minutes * (1 - VALIDATION_SHARE) - self.folder.seconds / 60
             plan.parent.mkdir(exist_ok=True)
             text = json.dumps(max(left, SHORTEST_TRAINING))
-            checkpoint.atomic_write(plan, lambda p: _write_text(p, text))
+            checkpoint.atomic_write_text(plan, text)
         minutes = float(json.loads(plan.read_text()))
         options = self.options.distil.model_copy(update={"max_minutes": minutes, "seed": self.options.seed})
         result = distil(
@@ -354,7 +354,3 @@ def _with_budgets(options: SpecializeOptions) -> SpecializeOptions:
 def _peak_memory() -> float:
     """Largest resident memory of this process so far, in GB (Linux counts it in kB)."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text)

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import signal
 import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import metadata
@@ -17,7 +15,8 @@ import numpy as np
 from ase import Atoms
 from ase.calculators.lammps import Prism
 
-from compactmlip.lammps.input import write_data
+from compactmlip.lammps.evaluate import program
+from compactmlip.lammps.input import boundary, write_data
 
 BAR = 1.6021765e6
 """bar per eV/Angstrom^3, as LAMMPS has it in metal units."""
@@ -32,12 +31,6 @@ thermo_modify format float %.17g
 dump forces all custom 1 forces.txt id fx fy fz c_energies
 dump_modify forces sort id format float %.17g
 """
-
-
-def program(name: str) -> str | None:
-    """Path of a program of this environment."""
-    beside = Path(sys.executable).with_name(name)
-    return str(beside) if beside.exists() else shutil.which(name)
 
 
 def found_by_entry_point() -> bool:
@@ -167,8 +160,7 @@ class Lammps:
 
 def header(atoms: Atoms, before: str = "") -> str:
     """First commands of a script."""
-    boundary = " ".join("p" if periodic else "f" for periodic in atoms.pbc)
-    return f"units metal\natom_style atomic\nboundary {boundary}\n{before}\n"
+    return f"units metal\natom_style atomic\nboundary {boundary(atoms)}\n{before}\n"
 
 
 def dumped(path: Path, frame: int = -1) -> np.ndarray:

@@ -14,9 +14,9 @@ import ase.io
 import pytest
 import torch
 from ase.build import bulk
+from cli_runs import run_cli
 from torch import nn
 
-from compactmlip import cli
 from compactmlip.checkpoint import read_spec, save
 from compactmlip.errors import CompactMLIPError
 
@@ -36,20 +36,6 @@ def folder(
     return tmp_path
 
 
-def _run(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], line: str
-) -> tuple[int, str, str]:
-    monkeypatch.setattr(sys, "argv", ["compactmlip", *line.split()])
-    try:
-        cli.main()
-    except SystemExit as stop:
-        code = int(stop.code or 0)
-    else:
-        code = 0
-    captured = capsys.readouterr()
-    return code, captured.out, captured.err
-
-
 def test_each_step(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     lines = [
         "convert teacher.safetensors -o small.safetensors --species Mg,O",
@@ -61,7 +47,7 @@ def test_each_step(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
         "info model.pt --json",
     ]
     for line in lines:
-        code, out, err = _run(monkeypatch, capsys, line)
+        code, out, err = run_cli(monkeypatch, capsys, line)
         assert code == 0, f"{line}\n{out}\n{err}"
     described = json.loads(out)
     assert described["species"] == "2: O Mg"
@@ -75,7 +61,7 @@ def test_each_step(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
 def test_info_of_a_checkpoint(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    code, out, _ = _run(monkeypatch, capsys, "info teacher.safetensors")
+    code, out, _ = run_cli(monkeypatch, capsys, "info teacher.safetensors")
     assert code == 0
     for word in (
         "nequip",
@@ -94,16 +80,16 @@ def test_compile_says_what_the_precision_costs(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     line = "compile teacher.safetensors -o coarse.pt --dtype bf16 --tf32 --calibration mgo.xyz"
-    code, out, err = _run(monkeypatch, capsys, line)
+    code, out, err = run_cli(monkeypatch, capsys, line)
     assert code == 0, err
     assert out.startswith("wrote coarse.pt (torch, bf16, ") and " structures: energy " in out
     assert "6 built-in structures" in out and "1 calibration structures" in out
-    code, out, _ = _run(monkeypatch, capsys, f"{line} --json")
+    code, out, _ = run_cli(monkeypatch, capsys, f"{line} --json")
     found = json.loads(out)
     assert (found["output"], found["dtype"], found["backend"]) == ("coarse.pt", "bf16", "torch")
     (_, calibration) = found["accuracy"]
     assert 1e-6 < calibration["energy_mae"] == calibration["energy_max"] < 0.1  # of one structure
-    code, out, _ = _run(monkeypatch, capsys, "info coarse.pt")
+    code, out, _ = run_cli(monkeypatch, capsys, "info coarse.pt")
     assert code == 0 and "bf16, TF32 products on NVIDIA GPUs" in out and "1 calibration structures" in out
 
 
@@ -144,7 +130,7 @@ def test_errors_are_one_line(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], line: str, message: str
 ) -> None:
     before = sorted(p.name for p in folder.iterdir())
-    code, _, err = _run(monkeypatch, capsys, line)
+    code, _, err = run_cli(monkeypatch, capsys, line)
     assert code == 1
     assert message in err and err.startswith("error: ") and "Traceback" not in err
     assert sorted(p.name for p in folder.iterdir()) == before
@@ -153,7 +139,7 @@ def test_errors_are_one_line(
 def test_version(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     from compactmlip import __version__
 
-    assert _run(monkeypatch, capsys, "--version")[1].strip() == f"compactmlip {__version__}"
+    assert run_cli(monkeypatch, capsys, "--version")[1].strip() == f"compactmlip {__version__}"
 
 
 def test_interrupt_says_that_it_continues(
@@ -165,7 +151,7 @@ def test_interrupt_says_that_it_continues(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(compactmlip.info, "describe", stop)
-    code, _, err = _run(monkeypatch, capsys, "info teacher.safetensors")
+    code, _, err = run_cli(monkeypatch, capsys, "info teacher.safetensors")
     assert code == 130 and "continues" in err
 
 
@@ -198,15 +184,15 @@ def test_build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     monkeypatch.setattr("compactmlip.lammps.build.installed", lambda: None)  # its plugin takes a minute
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("CXX", "no-such-compiler")
-    code, _, err = _run(monkeypatch, capsys, "build")
+    code, _, err = run_cli(monkeypatch, capsys, "build")
     assert code == 1 and err.startswith("error: ") and "no-such-compiler" in err
     monkeypatch.delenv("CXX")
     try:
         building.find_compiler()
     except CompactMLIPError as error:
         pytest.skip(str(error))
-    code, out, _ = _run(monkeypatch, capsys, "build --json")
+    code, out, _ = run_cli(monkeypatch, capsys, "build --json")
     report = json.loads(out)
     assert code == 0 and report["built"] and Path(report["path"]).is_file() and report["lammps"] is None
-    code, out, _ = _run(monkeypatch, capsys, "build")
+    code, out, _ = run_cli(monkeypatch, capsys, "build")
     assert code == 0 and "already there" in out and report["path"] in out

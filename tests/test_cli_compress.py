@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,9 @@ import ase.io
 import pytest
 import torch
 from ase.build import bulk
+from cli_runs import run_cli
 from torch import nn
 
-from compactmlip import cli
 from compactmlip.checkpoint import load, save
 from compactmlip.compress.plan_file import Plan
 from compactmlip.models import model_spec, num_parameters
@@ -41,17 +41,7 @@ def run(
     ase.io.write(tmp_path / "mgo.xyz", frames)
     monkeypatch.chdir(tmp_path)
 
-    def call(line: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["compactmlip", *line.split()])
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return call
+    return partial(run_cli, monkeypatch, capsys)
 
 
 def test_scores_budget_and_plan(run: Run) -> None:

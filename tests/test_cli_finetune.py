@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable, Sequence
 from html.parser import HTMLParser
 from pathlib import Path
@@ -14,9 +13,9 @@ import pytest
 import torch
 from ase import Atoms
 from ase.build import bulk
+from cli_runs import run_cli
 from torch import nn
 
-from compactmlip import cli
 from compactmlip.checkpoint import load, save
 from compactmlip.data.read import read_labelled, write_labelled
 from compactmlip.train.forgetting import labelled_by
@@ -54,18 +53,7 @@ def folder(
 def run(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Callable[[str], tuple[int, str, str]]:
-    def command(line: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["compactmlip", "finetune", *line.split()])
-        try:
-            cli.main()
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        else:
-            code = 0
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return command
+    return lambda line: run_cli(monkeypatch, capsys, f"finetune {line}")
 
 
 Run = Callable[[str], tuple[int, str, str]]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import ase.io
@@ -12,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 from ase.build import bulk
+from cli_runs import run_cli
 
-from compactmlip import cli
 from compactmlip.checkpoint import load, read_spec, save
 from compactmlip.config import resolve
 from compactmlip.data.graph import build_graph, energy_and_derivatives
@@ -40,14 +39,7 @@ def _prune(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], options: str
 ) -> tuple[int, str, str]:
     line = f"prune teacher.safetensors -o out.safetensors --calibration mgo.xyz {options}"
-    monkeypatch.setattr(sys, "argv", ["compactmlip", *line.split()])
-    code = 0
-    try:
-        cli.main()
-    except SystemExit as stop:
-        code = int(stop.code or 0)
-    captured = capsys.readouterr()
-    return code, captured.out, captured.err
+    return run_cli(monkeypatch, capsys, line)
 
 
 def _forces(path: Path) -> torch.Tensor:

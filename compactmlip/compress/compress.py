@@ -17,6 +17,7 @@ from compactmlip.compress.plan_file import Plan
 from compactmlip.compress.reshape import check_basis, cut_layers, resize_basis
 from compactmlip.compress.tapped import Scores
 from compactmlip.data.graph import GraphBatch
+from compactmlip.data.select import random_up_to
 from compactmlip.errors import InputError
 from compactmlip.models import channel_graph, model_spec, record_step
 from compactmlip.models.reshape import BasisStart
@@ -181,10 +182,4 @@ def _resized(result: Compressed, num_basis: int, start: BasisStart, seed: int) -
 
 def some_structures(graphs: Sequence[GraphBatch], seed: int) -> list[GraphBatch]:
     """Random structures of about ``IMPORTANCE_ATOMS`` atoms in all."""
-    chosen, atoms = [], 0
-    for k in np.random.default_rng(seed).permutation(len(graphs)):
-        if atoms >= IMPORTANCE_ATOMS:
-            break
-        chosen.append(graphs[k])
-        atoms += len(graphs[k].species)
-    return chosen
+    return [graphs[k] for k in random_up_to([len(g.species) for g in graphs], IMPORTANCE_ATOMS, seed)]

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from compactmlip.channels import Channels, format_channels, parse_channels
-from compactmlip.checkpoint import atomic_write
+from compactmlip.checkpoint import atomic_write_text
 from compactmlip.compress.plan import parse_target
 from compactmlip.errors import InputError
 
@@ -81,12 +81,8 @@ class Plan(BaseModel):
         CheckpointError
             If the file cannot be written.
         """
-        path, text = Path(path), self.to_json()
-
-        def write(temporary: Path) -> None:
-            temporary.write_text(text, encoding="utf-8")
-
-        atomic_write(path, write)
+        path = Path(path)
+        atomic_write_text(path, self.to_json())
         return path
 
     @classmethod

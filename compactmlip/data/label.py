@@ -125,12 +125,17 @@ def _labelled(atoms: Atoms, result: Evaluation, run: str) -> Atoms:
         if name not in ("numbers", "positions", *_STALE):
             out.new_array(name, array)
     out.info[RUN] = run
-    out.info[ENERGY] = result.energy
-    out.new_array(FORCES, result.forces)
+    put_labels(out, result)
     out.new_array(ENERGIES, result.energies)
-    if np.isfinite(result.stress).all():
-        out.info[STRESS] = full_to_voigt(result.stress)
     return out
+
+
+def put_labels(atoms: Atoms, result: Evaluation) -> None:
+    """Give a structure without labels ``REF_energy``, ``REF_forces`` and, if it is finite, ``REF_stress``."""
+    atoms.info[ENERGY] = result.energy
+    atoms.new_array(FORCES, result.forces)
+    if np.isfinite(result.stress).all():
+        atoms.info[STRESS] = full_to_voigt(result.stress)
 
 
 def _is_of(run: str, output: Path, number: int, overwrite: bool) -> bool:

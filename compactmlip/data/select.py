@@ -98,6 +98,18 @@ def quotas(counts: Sequence[int], n: int) -> list[int]:
     return [int(x) for x in out]
 
 
+def random_up_to(sizes: Sequence[int], atoms: int, seed: int) -> list[int]:
+    """Indices of random structures, of ``sizes`` atoms each, until they have ``atoms`` atoms together."""
+    chosen: list[int] = []
+    total = 0
+    for k in np.random.default_rng(seed).permutation(len(sizes)):
+        if total >= atoms:
+            break
+        chosen.append(int(k))
+        total += sizes[k]
+    return chosen
+
+
 def split(
     frames: Sequence[Atoms], fractions: Sequence[float] = (0.8, 0.1, 0.1), seed: int = 0
 ) -> tuple[list[Atoms], list[Atoms], list[Atoms]]:

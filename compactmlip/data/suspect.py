@@ -6,7 +6,6 @@ A factor near another unit's means that the labels have that unit.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -126,9 +125,3 @@ def _suspicion(c: Comparison, known: dict[str, float], what: str, option: str) -
         cure = "--set labels.gradients=true" if what == "forces" else "--set labels.compression_positive=true"
         return [Finding("units", f"{seen}: their sign looks reversed ({cure}).")]
     return []
-
-
-def composition_counts(numbers: Sequence[np.ndarray]) -> np.ndarray:
-    """Atoms of each species that occurs, (structures, species), species in order of atomic number."""
-    kinds = np.unique(np.concatenate(list(numbers)))
-    return np.array([[(n == z).sum() for z in kinds] for n in numbers], dtype=np.float64)

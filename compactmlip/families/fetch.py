@@ -10,7 +10,7 @@ import zipfile
 from pathlib import Path
 
 from compactmlip.cache import cache_root
-from compactmlip.checkpoint import atomic_write, sha256
+from compactmlip.checkpoint import atomic_write, atomic_write_text, sha256
 from compactmlip.errors import DownloadError
 from compactmlip.families.download import download
 from compactmlip.families.names import (
@@ -80,7 +80,7 @@ def _fetch_web(entry: NamedCheckpoint, origin: WebFile, target: Path, progress: 
             origin.url, target, sha256=expected, check=_check_archive, advice=advice, progress=progress
         )
     if expected is None:
-        atomic_write(record, lambda p: _write_text(p, f"{found}  {target.name}\n"))
+        atomic_write_text(record, f"{found}  {target.name}\n")
     return target
 
 
@@ -98,10 +98,6 @@ def _check_archive(path: Path) -> None:
     """Raise ValueError unless the file is a zip archive, as torch.save writes, with its end."""
     if not zipfile.is_zipfile(path):
         raise ValueError("what arrived is not a PyTorch file (no complete zip archive)")
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text)
 
 
 def _fetch_member(entry: NamedCheckpoint, origin: WheelMember, target: Path) -> Path:

@@ -17,7 +17,7 @@ from ase.calculators.lammps import Prism
 
 from compactmlip.errors import KernelError
 from compactmlip.lammps.build import PLUGIN, installed, ready
-from compactmlip.lammps.input import boxed, write_data
+from compactmlip.lammps.input import boundary, boxed, write_data
 
 SCRIPT = """\
 units metal
@@ -57,9 +57,9 @@ class LammpsRun:
     @classmethod
     def find(cls) -> LammpsRun | None:
         """The LAMMPS of this environment if its plugin is built; nothing is built."""
-        lmp, installation = _program("lmp"), installed()
+        lmp, installation = program("lmp"), installed()
         folder = ready(installation) if lmp and installation else None
-        return cls(lmp, _program("mpirun"), folder / PLUGIN) if lmp and folder else None
+        return cls(lmp, program("mpirun"), folder / PLUGIN) if lmp and folder else None
 
     def evaluate(self, model: str | Path, atoms: Atoms, ranks: int = 1) -> tuple[float, np.ndarray]:
         """Energy (eV) and forces (N, 3) (eV/Angstrom, in the structure's own axes).
@@ -89,7 +89,7 @@ class LammpsRun:
             folder = Path(name)
             write_data(folder / "data.lammps", system, symbols)
             script = SCRIPT.format(
-                boundary=" ".join("p" if periodic else "f" for periodic in system.pbc),
+                boundary=boundary(system),
                 plugin=self.plugin,
                 model=Path(model).absolute(),
                 symbols=" ".join(symbols),
@@ -115,7 +115,7 @@ class LammpsRun:
         return float(energy), np.asarray(Prism(system.cell, pbc=system.pbc).vector_to_ase(forces))
 
 
-def _program(name: str) -> str | None:
+def program(name: str) -> str | None:
     """Path of a program of this environment."""
     beside = Path(sys.executable).with_name(name)
     return str(beside) if beside.exists() else shutil.which(name)

@@ -128,7 +128,7 @@ def write_input(
         name=script.name,
         data=data.name,
         temperature=temperature,
-        boundary=" ".join("p" if periodic else "f" for periodic in atoms.pbc),
+        boundary=boundary(atoms),
         symbols=" ".join(symbols),
         fix=FIXES[ensemble].replace("{box}", box),
         **_checks(deployment.trust is not None),
@@ -152,6 +152,11 @@ def boxed(atoms: Atoms) -> Atoms:
         made.set_cell(made.cell.complete())
         made.center(vacuum=ROOM, axis=tuple(free))
     return made
+
+
+def boundary(atoms: Atoms) -> str:
+    """Argument of the command ``boundary``."""
+    return " ".join("p" if periodic else "f" for periodic in atoms.pbc)
 
 
 def write_data(path: str | Path, atoms: Atoms, types: Sequence[str]) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from ase import Atoms
 from torch import nn
@@ -24,7 +23,7 @@ from compactmlip.data.graph import (
     collate,
     energy_and_derivatives,
 )
-from compactmlip.data.select import split
+from compactmlip.data.select import random_up_to, split
 from compactmlip.errors import InputError
 from compactmlip.models import model_dtype, model_spec
 
@@ -57,22 +56,17 @@ def split_frames(frames: Sequence[Atoms], fit_atoms: int, held_out_atoms: int, s
         If there are too few.
     """
     fit, _, held_out = split(frames, (0.65, 0.0, 0.35), seed=seed)
-    made = Frames(_up_to(fit, fit_atoms, seed), _up_to(held_out, held_out_atoms, seed))
+    few, check = (
+        [part[k] for k in random_up_to([len(a) for a in part], atoms, seed)]
+        for part, atoms in ((fit, fit_atoms), (held_out, held_out_atoms))
+    )
+    made = Frames(few, check)
     if len(made.fit) < FOLDS or not made.held_out:
         raise InputError(
             f"a search needs more structures: {len(frames)} leave {len(made.fit)} for refits (at least "
             f"{FOLDS}) and {len(made.held_out)} held out (at least 1). 'compactmlip sample' makes some."
         )
     return made
-
-
-def _up_to(frames: Sequence[Atoms], atoms: int, seed: int) -> list[Atoms]:
-    chosen: list[Atoms] = []
-    for k in np.random.default_rng(seed).permutation(len(frames)):
-        if chosen and sum(map(len, chosen)) >= atoms:
-            break
-        chosen.append(frames[k])
-    return chosen
 
 
 class Evaluator:

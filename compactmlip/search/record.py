@@ -12,7 +12,7 @@ import numpy as np
 from ase import Atoms
 from torch import nn
 
-from compactmlip.checkpoint import atomic_write
+from compactmlip.checkpoint import atomic_write_text
 from compactmlip.data.label import fingerprint
 from compactmlip.errors import InputError
 from compactmlip.search.options import SearchOptions
@@ -41,7 +41,7 @@ class State:
     def save(self, seconds: float) -> None:
         """Remember the time."""
         self.seconds = seconds
-        write_text(self.path, json.dumps({"identity": self.identity, "seconds": seconds}))
+        atomic_write_text(self.path, json.dumps({"identity": self.identity, "seconds": seconds}) + "\n")
 
 
 def identity_of(teacher: nn.Module, frames: Sequence[Atoms], options: SearchOptions) -> str:
@@ -54,15 +54,6 @@ def digest_of(atoms: Atoms) -> str:
     """Structure as it reads from a file with eight digits."""
     positions = np.round(atoms.positions, 6) + 0.0
     return hashlib.sha256(atoms.numbers.tobytes() + positions.tobytes()).hexdigest()
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file that is there whole or not at all."""
-
-    def write(temporary: Path) -> None:
-        temporary.write_text(text + "\n", encoding="utf-8")
-
-    atomic_write(path, write)
 
 
 def write_results(
@@ -96,5 +87,5 @@ def write_results(
         "front": [c.row() for c in front(candidates)],
         "candidates": [c.row() for c in candidates],
     }
-    write_text(folder / "front.json", json.dumps(content, indent=1))
+    atomic_write_text(folder / "front.json", json.dumps(content, indent=1) + "\n")
     plot_front(folder / "front.png", candidates, chosen, options.factor)

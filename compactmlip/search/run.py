@@ -32,7 +32,7 @@ from compactmlip.progress import Track
 from compactmlip.search.evaluate import Evaluator, Frames, split_frames
 from compactmlip.search.halving import successive_halving
 from compactmlip.search.options import SearchOptions
-from compactmlip.search.record import State, digest_of, identity_of, write_results, write_text
+from compactmlip.search.record import State, digest_of, identity_of, write_results
 from compactmlip.search.space import EDGE, Space
 from compactmlip.search.speed import SpeedModel, Stopwatch, probe_plans
 from compactmlip.search.study import Candidate, Study
@@ -315,7 +315,7 @@ class _Search:
         if near:
             watch.measure(list(near.values()), self.progress)
         made = watch.fitted(bound)
-        write_text(path, made.model_dump_json(indent=1))
+        checkpoint.atomic_write_text(path, made.model_dump_json(indent=1) + "\n")
         return made
 
     def _finish(self, candidates: list[Candidate]) -> Found:
@@ -425,5 +425,5 @@ class _Search:
             }
             for r in results
         ]
-        write_text(self.folder / "halving.json", json.dumps(rows, indent=1))
+        checkpoint.atomic_write_text(self.folder / "halving.json", json.dumps(rows, indent=1) + "\n")
         return pool[int(winner.name.partition("-")[2])]

@@ -300,12 +300,8 @@ def _reference(
                 "Choose another folder, or delete this one."
             )
     text = json.dumps({"identity": folder.identity, "e0_shifts": fitted.shifts, "e0": fitted.source})
-    checkpoint.atomic_write(path, lambda p: _write_text(p, text))
+    checkpoint.atomic_write_text(path, text)
     return fitted
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text)
 
 
 def _introduction(

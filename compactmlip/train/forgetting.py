@@ -11,9 +11,9 @@ from ase import Atoms
 from ase.data import atomic_numbers, covalent_radii
 from torch import nn
 
-from compactmlip.data.label import ENERGIES
+from compactmlip.data.label import ENERGIES, put_labels
 from compactmlip.data.perturb import bare, deformed, displaced, random_deformation, shortest_ratio
-from compactmlip.data.read import ENERGY, FORCES, STRESS, full_to_voigt
+from compactmlip.data.read import ENERGY, FORCES, STRESS
 from compactmlip.data.teacher import evaluate as evaluate_frames
 from compactmlip.models import model_spec
 from compactmlip.train.dataset import Dataset
@@ -119,10 +119,7 @@ def labelled_by(model: nn.Module, frames: Sequence[Atoms]) -> list[Atoms]:
             atoms = bare(frames[k])
             keep = {ENERGY, FORCES, STRESS, ENERGIES}
             atoms.info = {key: v for key, v in frames[k].info.items() if key not in keep}
-            atoms.info[ENERGY] = found.energy
-            atoms.new_array(FORCES, found.forces)
-            if np.isfinite(found.stress).all():
-                atoms.info[STRESS] = full_to_voigt(found.stress)
+            put_labels(atoms, found)
             out.append(atoms)
     return out
 

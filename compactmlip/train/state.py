@@ -146,6 +146,20 @@ class TrainingState:
         self.counters = copy.deepcopy(snapshot.counters)
 
 
+def make_folder(path: Path) -> None:
+    """Make the folder of a run.
+
+    Raises
+    ------
+    InputError
+        If that is not possible.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot create the folder {path}: {error.strerror or error}.") from error
+
+
 class RunFolder:
     """Folder of a run: the resume file and the history.
 
@@ -159,10 +173,7 @@ class RunFolder:
 
     def __init__(self, path: str | Path, identity: str) -> None:
         self.path, self.identity = Path(path), identity
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(f"cannot create the folder {self.path}: {error.strerror or error}.") from error
+        make_folder(self.path)
 
     def save(self, snapshot: Snapshot) -> None:
         """Write the resume file and the history, each atomically."""

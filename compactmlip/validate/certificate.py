@@ -10,7 +10,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from compactmlip.checkpoint import atomic_write, sha256
+from compactmlip.checkpoint import atomic_write_text, sha256
 from compactmlip.errors import CheckpointError
 from compactmlip.spec import ModelSpec
 from compactmlip.validate.checks import Check, Verdict
@@ -106,12 +106,7 @@ class Certificate(_Frozen):
 
     def save(self, path: str | Path) -> Path:
         """Write as JSON, completely or not at all."""
-        text = self.model_dump_json(indent=2) + "\n"
-
-        def write(temporary: Path) -> None:
-            temporary.write_text(text, encoding="utf-8")
-
-        atomic_write(Path(path), write)
+        atomic_write_text(Path(path), self.model_dump_json(indent=2) + "\n")
         return Path(path)
 
     @classmethod

@@ -50,6 +50,11 @@ class Limit(_Frozen):
         """Return the verdict on a value; NaN fails."""
         return "pass" if value <= self.good else "warn" if value <= self.bad else "fail"
 
+    def judge_size(self, value: float, error: float) -> Verdict:
+        """Return the verdict on the size of a value with its standard error; two of them count."""
+        size, margin = abs(value), 2 * error
+        return "pass" if size + margin <= self.good else "warn" if size - margin <= self.bad else "fail"
+
 
 class Thresholds(_Frozen):
     """Limits of the checks."""
@@ -216,15 +221,11 @@ def nve_checks(run: NVESummary, limits: Thresholds) -> list[Check]:
         return [Check(name=name, verdict="fail", value=None, unit="meV/atom/ps", reason=run.reason)]
     if run.drift is None:
         return [Check(name=name, verdict="warn", value=None, unit="meV/atom/ps", reason=run.reason)]
-    limit, drift, margin = limits.nve_drift, run.drift, 2 * run.drift.slope_error
-    steep = abs(drift.slope)
-    verdict: Verdict = (
-        "pass" if steep + margin <= limit.good else "warn" if steep - margin <= limit.bad else "fail"
-    )
+    limit, drift = limits.nve_drift, run.drift
     return [
         Check(
             name=name,
-            verdict=verdict,
+            verdict=limit.judge_size(drift.slope, drift.slope_error),
             value=drift.slope,
             error=drift.slope_error,
             unit="meV/atom/ps",

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from ase import Atoms
 
-from compactmlip.checkpoint import atomic_write, sha256
+from compactmlip.checkpoint import atomic_write, atomic_write_text, sha256
 from compactmlip.data.extxyz import write_frames
 from compactmlip.validate.certificate import Certificate
 from compactmlip.validate.nve import Trace
@@ -41,18 +41,13 @@ def write_all(out: Path, certificate: Certificate, data: ValidationData, report:
     -------
     The certificate with the hashes of structures and arrays.
     """
-    text = report.encode()
     atomic_write(out / FRAMES, lambda p: write_frames(p, _labelled(data)))
     atomic_write(out / ARRAYS, lambda p: _write_arrays(p, data))
-    atomic_write(out / REPORT, lambda p: _write_bytes(p, text))
+    atomic_write_text(out / REPORT, report)
     hashes = {name: sha256(out / name) for name in (FRAMES, ARRAYS)}
     complete = certificate.model_copy(update={"files": hashes})
     complete.save(out / CERTIFICATE)
     return complete
-
-
-def _write_bytes(path: Path, content: bytes) -> None:
-    path.write_bytes(content)
 
 
 def _labelled(data: ValidationData) -> list[Atoms]:

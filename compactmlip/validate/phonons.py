@@ -142,7 +142,14 @@ def frequencies(
     (wave vectors, modes) THz, sorted along modes, imaginary ones negative; and the primitive matrix.
     """
     phonons = _phonopy(atoms, repeats, primitive)
-    phonons.generate_displacements(distance=DISPLACEMENT)
+    find_force_constants(phonons, calculator, DISPLACEMENT)
+    phonons.run_mesh([MESH] * 3, is_mesh_symmetry=False, is_gamma_center=True)
+    return sorted_frequencies(phonons), np.asarray(phonons.primitive_matrix)
+
+
+def find_force_constants(phonons: Any, calculator: Any, displacement: float) -> None:
+    """Give a Phonopy object symmetrised force constants, from displacements in Angstrom."""
+    phonons.generate_displacements(distance=displacement)
     forces = []
     for displaced in phonons.supercells_with_displacements or ():
         system = Atoms(displaced.symbols, displaced.positions, cell=displaced.cell, pbc=True)
@@ -151,10 +158,11 @@ def frequencies(
     phonons.forces = np.array(forces)
     phonons.produce_force_constants()
     phonons.symmetrize_force_constants()
-    phonons.run_mesh([MESH] * 3, is_mesh_symmetry=False, is_gamma_center=True)
-    mesh: Any = phonons.mesh
-    found = np.sort(np.asarray(mesh.frequencies, dtype=float), axis=1)
-    return found, np.asarray(phonons.primitive_matrix)
+
+
+def sorted_frequencies(phonons: Any) -> Array:
+    """Frequencies of a mesh, (wave vectors, modes) THz, sorted along modes."""
+    return np.sort(np.asarray(phonons.mesh.frequencies, dtype=float), axis=1)
 
 
 def heat_capacity(frequencies_THz: Array, temperature_K: float) -> float:

@@ -13,7 +13,7 @@ from compactmlip.checkpoint import sha256
 from compactmlip.data.read import read_structures
 from compactmlip.errors import CertificateError, CompactMLIPError
 from compactmlip.validate.certificate import Certificate
-from compactmlip.validate.checks import Limit, Verdict, overall
+from compactmlip.validate.checks import Limit, overall
 from compactmlip.validate.output import ARRAYS, FRAMES
 from compactmlip.validate.parity import MILLI, Labels, evaluate_frames, labels_of, parity
 
@@ -121,13 +121,10 @@ def _follows(check: Any) -> bool:
         return True  # judged by more than one number
     if check.value is None:
         return bool(check.verdict == "fail")
+    limit = Limit(good=check.good, bad=check.bad)
     if check.error is None:
-        return bool(check.verdict == Limit(good=check.good, bad=check.bad).judge(check.value))
-    steep, margin = abs(check.value), 2 * check.error
-    expected: Verdict = (
-        "pass" if steep + margin <= check.good else "warn" if steep - margin <= check.bad else "fail"
-    )
-    return bool(check.verdict == expected)
+        return bool(check.verdict == limit.judge(check.value))
+    return bool(check.verdict == limit.judge_size(check.value, check.error))
 
 
 def _numbers(model: Path, folder: Path, c: Certificate, frames: int, device: str) -> Iterator[Finding]:
