@@ -76,7 +76,7 @@ class LammpsRun:
         Raises
         ------
         KernelError
-            If LAMMPS fails; the message has its error.
+            If LAMMPS fails or does not finish; the message has its error.
         """
         system = boxed(atoms)
         symbols = sorted(set(system.get_chemical_symbols()))
@@ -96,15 +96,20 @@ class LammpsRun:
             )
             (folder / "in.lammps").write_text(script)
             variables = os.environ | {"OMP_NUM_THREADS": "1", "LAMMPS_PLUGIN_PATH": ""}
-            done = subprocess.run(
-                command,
-                cwd=folder,
-                env=variables,
-                capture_output=True,
-                text=True,
-                timeout=TIMEOUT,
-                check=False,
-            )
+            try:
+                done = subprocess.run(
+                    command,
+                    cwd=folder,
+                    env=variables,
+                    capture_output=True,
+                    text=True,
+                    timeout=TIMEOUT,
+                    check=False,
+                )
+            except subprocess.TimeoutExpired:
+                raise KernelError(
+                    f"LAMMPS on {ranks} process(es) did not finish within {TIMEOUT:g} s."
+                ) from None
             if done.returncode:
                 raise KernelError(
                     f"LAMMPS on {ranks} process(es) failed: {_error(done.stdout + done.stderr)}"

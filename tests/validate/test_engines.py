@@ -77,6 +77,13 @@ def test_failure_is_told(model: Path, skewed: Atoms) -> None:
         run.evaluate(model, unknown)
 
 
+def test_lammps_that_hangs_is_a_failure(model: Path, skewed: Atoms, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("compactmlip.lammps.evaluate.TIMEOUT", 0.01)
+    (found,) = compare_engines(model, CompactMLIPCalculator(model), skewed, ranks=(1,))
+    assert "did not finish within 0.01 s" in found.failure
+    assert [c.verdict for c in engine_checks((found,), "float64")] == ["fail"]
+
+
 def test_without_lammps(skewed: Atoms, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engines.LammpsRun, "find", classmethod(lambda cls: None))
     assert compare_engines("nothing.pt", None, skewed) == ()
