@@ -9,6 +9,7 @@ in the file of --cache: an interrupted run continues, and the tables are made of
     python benchmarks/engine.py --mace-python ENV/bin/python --sevenn-python ENV/bin/python \
         --cache engine.jsonl --threads 1 2 --max-seconds 120 --output benchmarks/results/engine.md
     python benchmarks/engine.py ... --cache short.jsonl --models "MACE small" --systems "Si 8" --repeats 3
+    python benchmarks/engine.py ... --cache own.jsonl --ours-only --output benchmarks/results/engine_forms.md
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from typing import Any
 import numpy as np
 from common import describe_load, report, structure, write_structure
 from engine_cases import MODELS, SYSTEMS, VARIANTS, Files, Form
-from engine_tables import tables
+from engine_tables import own_forms, tables
 from process import GB, Worker, WorkerFailed
 
 WARM_UP_SECONDS = 10.0
@@ -43,6 +44,7 @@ def arguments() -> argparse.Namespace:
     made.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS), metavar="MODEL")
     made.add_argument("--systems", nargs="+", default=list(SYSTEMS), metavar="'KIND ATOMS'")
     made.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS)
+    made.add_argument("--ours-only", action="store_true", help="a table of our own forms, without upstream")
     made.add_argument("--threads", nargs="+", type=int, default=[1])
     made.add_argument("--repeats", type=int, default=7)
     made.add_argument("--max-seconds", type=float, default=60.0, help="longest call that is measured")
@@ -67,7 +69,7 @@ def measure(
         upstream = {"package": model.package, "model": files.upstream(name), "structure": str(path)}
         command = files.upstream_command(model.package)
         try:
-            for key, dtype in UPSTREAM_DTYPES.items():
+            for key, dtype in UPSTREAM_DTYPES.items() if not options.ours_only else []:
                 run.start(("", key), lambda: Worker(command, threads), dtype=dtype, **upstream, **limits)
             for form in model.forms:
                 _start_ours(run, form, files, (name, set(atoms.symbols)), path, limits, options.variants)
@@ -208,7 +210,10 @@ def main() -> None:
         with options.cache.open("a") as cache:
             cache.write(json.dumps(record) + "\n")
     chosen = [found[key] for key in wanted if key in found]
-    report(tables(chosen, options.max_memory, options.max_seconds), options.output)
+    if options.ours_only:
+        report(own_forms(chosen), options.output)
+    else:
+        report(tables(chosen, options.max_memory, options.max_seconds), options.output)
 
 
 if __name__ == "__main__":

@@ -49,6 +49,31 @@ def tables(records: Sequence[Record], max_memory: float, max_seconds: float) -> 
     return text
 
 
+def own_forms(records: Sequence[Record]) -> str:
+    """Our eager, TorchScript and kernel forms beside each other."""
+    variants = ("eager", "torch", "kernels64", "kernels32")
+    rows: list[list[object]] = []
+    for record in records:
+        found = {(c["form"], c["variant"]): c for c in record["calculations"]}
+        for form in dict.fromkeys(label for label, _ in found):
+            of = [found.get((form, variant), {}) for variant in variants]
+            rates = [_rate(record["atoms"], c, "seconds") for c in of]
+            ratios = [_ratio(c, of[3]) for c in of[:3]]
+            memory = [c["memory"] / GB if "seconds" in c else "–" for c in of]
+            rows.append([_name(record["model"], form), record["system"], *rates, *ratios, *memory])
+    repeats = sorted({r["repeats"] for r in records})
+    text = header("Our forms of each model", "python benchmarks/engine.py --ours-only")
+    text += (
+        f"\nAtoms per second of energies and forces, one thread, medians of {' or '.join(map(str, repeats))}, "
+        "calculations in turn, each in a process of its own; and its peak memory.  'eager' is the native "
+        "model with our kernels where it has some, 'TorchScript' the deployed file without kernels "
+        "(`compile --backend torch`), both in float32.  The models are those of engine.md.\n\n"
+    )
+    names = ("eager", "TorchScript", "kernels float64", "kernels float32")
+    columns = ("model", "system", *names, *(f"kernels float32 / {n}" for n in names[:3]))
+    return text + table((*columns, *(f"GB {n}" for n in names)), rows)
+
+
 def explanation(records: Sequence[Record], max_memory: float, max_seconds: float) -> str:
     """What the columns are, and why cells are empty."""
     repeats = sorted({r["repeats"] for r in records})

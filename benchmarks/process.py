@@ -113,14 +113,21 @@ class Worker:
         WorkerFailed
             If it answers with an error, not in time, or not at all.
         """
-        assert self.process.stdin is not None and self.process.stdout is not None
-        try:
+        self.send(do, **options)
+        return self.answer(timeout)
+
+    def send(self, do: str, **options: Any) -> None:
+        """Send a request without waiting; a worker that has ended is noticed by :meth:`answer`."""
+        assert self.process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
             self.process.stdin.write(json.dumps({"do": do, **options}) + "\n")
             self.process.stdin.flush()
-            ready, _, _ = select.select([self.process.stdout], [], [], timeout)
-            line = self.process.stdout.readline() if ready else None
-        except BrokenPipeError:
-            line = ""
+
+    def answer(self, timeout: float = 600.0) -> dict[str, Any]:
+        """Wait for the answer to a request; errors as in :meth:`ask`."""
+        assert self.process.stdout is not None
+        ready, _, _ = select.select([self.process.stdout], [], [], timeout)
+        line = self.process.stdout.readline() if ready else None
         if line is None:
             self.close()
             raise WorkerFailed("too slow")

@@ -8,6 +8,7 @@
 #include <ATen/Parallel.h>
 
 #include <algorithm>
+#include <atomic>
 #include <memory>
 #include <vector>
 
@@ -206,12 +207,20 @@ void backward_center(const Problem<T, B>& s, const Sizes& sizes, Workspace<T>& m
   });
 }
 
+// Threads claim pieces as they get on: centres differ in their neighbours, and shared processors in their speed.
+constexpr int64_t kPieces = 16;  // for each thread
+constexpr int64_t kRounds = 4;   // of slices that become smaller, see slices()
+
 // Calls work(i, memory) for the centres first ... last - 1, in parallel.
 template <class T, class F>
 void over_centers(int64_t first, int64_t last, const F& work) {
-  at::parallel_for(first, last, 1, [&](int64_t from, int64_t to) {
+  const int64_t threads = at::in_parallel_region() ? 1 : at::get_num_threads();
+  const int64_t piece = threads == 1 ? last - first : std::max<int64_t>(1, (last - first) / (kPieces * threads));
+  std::atomic<int64_t> next{first};
+  at::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
     static thread_local Workspace<T> memory;
-    for (int64_t i = from; i < to; i++) work(i, memory);
+    for (int64_t from; (from = next.fetch_add(piece)) < last;)
+      for (int64_t i = from; i < std::min(last, from + piece); i++) work(i, memory);
   });
 }
 
@@ -226,30 +235,48 @@ void run_forward(const Problem<T, B>& s, int64_t nodes) {
 // Largest sum of the copies below, in bytes.
 constexpr int64_t kCopies = int64_t{64} << 20;
 
-// With several threads, each adds the gradients of features to a copy of its own, the first to the result; the
-// copies are added afterwards.
+// Bounds of slices of the centres: rounds of a slice for each thread, with half of the edges that are left, then
+// half of these, and at last all of them.  Claimed in this order, they end nearly at the same time on processors
+// that are not equally fast.
+inline std::vector<int64_t> slices(const std::vector<int64_t>& begin, int64_t threads, int64_t rounds) {
+  const int64_t nodes = static_cast<int64_t>(begin.size()) - 1, edges = begin[nodes];
+  std::vector<int64_t> bounds{0};
+  double done = 0, share = 1;
+  for (int64_t round = 0; round < rounds; round++) {
+    if (round + 1 < rounds) share /= 2;
+    for (int64_t n = 0; n < threads; n++) {
+      done += share / static_cast<double>(threads);
+      const auto edge = static_cast<int64_t>(done * static_cast<double>(edges));
+      bounds.push_back(std::lower_bound(begin.begin(), begin.end() - 1, edge) - begin.begin());
+    }
+  }
+  bounds.back() = nodes;
+  return bounds;
+}
+
+// With several threads, the gradients of features are added to a copy for each slice of the centres, the first to
+// the result; the copies are added afterwards in their order, so that the bits do not depend on who was faster.
 template <class T, int64_t B>
 void backward_with_copies(const Problem<T, B>& s, const Sizes& sizes, int64_t nodes, int64_t feature_size) {
-  const std::vector<int64_t>& begin = s.edges.begin;
   const int64_t threads = at::get_num_threads(), size = nodes * feature_size;
-  const std::unique_ptr<T[]> copies(new T[(threads - 1) * size]);
-  at::parallel_for(0, threads, 1, [&](int64_t first, int64_t last) {
+  const int64_t most = 1 + kCopies / std::max<int64_t>(1, size * static_cast<int64_t>(sizeof(T)));
+  const std::vector<int64_t> bounds =
+      slices(s.edges.begin, threads, std::min(kRounds, std::max<int64_t>(1, most / threads)));
+  const int64_t count = static_cast<int64_t>(bounds.size()) - 1;
+  const std::unique_ptr<T[]> copies(new T[(count - 1) * size]);
+  std::atomic<int64_t> next{0};
+  at::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
     static thread_local Workspace<T> memory;
-    for (int64_t thread = first; thread < last; thread++) {
+    for (int64_t slice; (slice = next.fetch_add(1)) < count;) {
       Problem<T, B> mine = s;
-      T* copy = copies.get() + (thread - 1) * size;
-      if (thread > 0) std::fill_n(copy, size, T(0));
+      T* copy = copies.get() + (slice - 1) * size;
+      if (slice > 0) std::fill_n(copy, size, T(0));
       for (const Group& g : s.plan.groups) {
-        if (thread == 0 || !s.features[g.l1].gradient) continue;
+        if (slice == 0 || !s.features[g.l1].gradient) continue;
         mine.features[g.l1].gradient = copy;
         copy += nodes * g.size();
       }
-      // Centres with as many edges for each.
-      const auto start = [&](int64_t n) {
-        return n == threads ? nodes
-                            : std::lower_bound(begin.begin(), begin.end() - 1, begin[nodes] * n / threads) - begin.begin();
-      };
-      for (int64_t i = start(thread); i < start(thread + 1); i++)
+      for (int64_t i = bounds[slice]; i < bounds[slice + 1]; i++)
         backward_center<T, B>(mine, sizes, memory, i, nullptr, feature_size, 0);
     }
   });
@@ -258,10 +285,11 @@ void backward_with_copies(const Problem<T, B>& s, const Sizes& sizes, int64_t no
     T* sum = s.features[g.l1].gradient;
     if (!sum) continue;
     at::parallel_for(0, nodes * g.size(), 4096, [&](int64_t from, int64_t to) {
-      for (int64_t thread = 1; thread < threads; thread++) {
-        const T* copy = copies.get() + (thread - 1) * size + offset;
-        for (int64_t k = from; k < to; k++) sum[k] += copy[k];
-      }
+      for (int64_t block = from; block < to; block += 1024)
+        for (int64_t slice = 1; slice < count; slice++) {
+          const T* copy = copies.get() + (slice - 1) * size + offset;
+          for (int64_t k = block; k < std::min(to, block + 1024); k++) sum[k] += copy[k];
+        }
     });
     offset += nodes * g.size();
   }
