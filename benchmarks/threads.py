@@ -1,9 +1,9 @@
 """Threads beside one: energies and forces of deployed files, each thread count in a process of its own.
 
-Processors of a shared machine are not equally fast, nor are they at all times, and one of them may be slower
-while the others work.  So one-thread processes, pinned to a processor each, are measured alone and all at once,
-in turn with one process that has as many threads.  The sum of the rates of the processes that run at once is
-what the processors can do; threads cannot do better.
+Processors of a shared machine are not equally fast, nor are they at all times, and one of them may be
+slower while the others work.  So one-thread processes, pinned to a processor each, are measured alone and
+all at once, in turn with one process that has as many threads.  The sum of the rates of the processes that
+run at once is what the processors can do; threads cannot do better.
 
     python benchmarks/threads.py small.pt small.pt compact.pt --systems "Si 64" "Si 512" "MgO 216"
 """
@@ -92,10 +92,10 @@ def main() -> None:
     ]
     text += (
         f"\nAtoms per second of energies and forces, medians of {options.repeats} rounds of "
-        f"{options.seconds:g} s each. '1 thread, alone': mean over the {options.threads} processors, one process "
-        f"on one of them at a time; 'all at once': mean of {options.threads} such processes that run together; "
-        f"'threads': one process with {options.threads}. The ratios are medians of those of each round; the last "
-        f"but one is {options.threads}.00 if threads lose nothing.\n\n"
+        f"{options.seconds:g} s each. '1 thread, alone': mean over the {options.threads} processors, one "
+        f"process on one of them at a time; 'all at once': mean of {options.threads} such processes that run "
+        f"together; 'threads': one process with {options.threads}. The ratios are medians of those of each "
+        f"round; the last but one is {options.threads}.00 if threads lose nothing.\n\n"
     )
     report(text + table(COLUMNS, rows), options.output)
 
