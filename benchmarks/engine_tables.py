@@ -65,9 +65,10 @@ def own_forms(records: Sequence[Record]) -> str:
     text = header("Our forms of each model", "python benchmarks/engine.py --ours-only")
     text += (
         "\nAtoms per second of energies and forces, one thread, medians of "
-        f"{' or '.join(map(str, repeats))}, calculations in turn, each in a process of its own; and its peak memory.  'eager' is the native "
-        "model with our kernels where it has some, 'TorchScript' the deployed file without kernels "
-        "(`compile --backend torch`), both in float32.  The models are those of engine.md.\n\n"
+        f"{' or '.join(map(str, repeats))}, calculations in turn, each in a process of its own; and its peak "
+        "memory.  'eager' is the native model with our kernels where it has some, 'TorchScript' the deployed "
+        "file without kernels (`compile --backend torch`), both in float32.  The models are those of "
+        "engine.md.\n\n"
     )
     names = ("eager", "TorchScript", "kernels float64", "kernels float32")
     columns = ("model", "system", *names, *(f"kernels float32 / {n}" for n in names[:3]))
