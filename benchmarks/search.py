@@ -1,9 +1,10 @@
 """Does a search find a better plan than the best uniform one of equal speed?
 
 Runs ``compactmlip search`` for a speed-up over the deployed teacher at 512 atoms, then evaluates uniform
-plans (the same channels in all layers) of many proportions, each as large as the speed allows.  The best
-uniform plan by held-out error and the search's plan are refitted on all structures, measured in turns, and
-compared on test structures that neither the search nor the refits saw.
+plans (the same channels in all layers) of many proportions and with each criterion that ranks channels,
+each as large as the speed allows.  The best uniform plan by held-out error and the search's plan are
+refitted on all structures, measured in turns, and compared on test structures that neither the search nor
+the refits saw.
 
     python benchmarks/search.py TEACHER --data train.xyz valid.xyz --test test.xyz --work DIR
     python benchmarks/search.py ... --speedup 8x --minutes 30 --output benchmarks/results/search.md
@@ -13,6 +14,7 @@ A second call with the same DIR continues where the first one stopped.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import sys
@@ -37,7 +39,7 @@ from compactmlip.families import load_model
 from compactmlip.models import model_dtype, model_spec, num_parameters, work
 from compactmlip.search.evaluate import Evaluator, split_frames
 from compactmlip.search.options import SearchOptions
-from compactmlip.search.run import MARGIN, search
+from compactmlip.search.run import MARGIN, scores_file, search
 from compactmlip.search.space import Space
 from compactmlip.search.speed import SpeedModel, Stopwatch
 from compactmlip.search.study import Candidate
@@ -71,13 +73,16 @@ class Bench:
         self.teacher: nn.Module = keep_species(load_model(given.teacher, dtype=None), present)
         self.options = SearchOptions(speedup=given.speedup, minutes=given.minutes, seed=given.seed)
         self.shapes = Shapes(self.teacher)
-        self.space = Space(self.shapes, self.options.round_to, odd_paths=False, importance="taylor")
+        self.space = Space(self.shapes, self.options.round_to, self.options.criteria, odd_paths=False)
 
     def run(self) -> str:
         start = time.monotonic()
         found = search(self.teacher, self.frames, self.options, self.folder)
         minutes = (time.monotonic() - start) / 60
-        self.scores = load_scores(self.folder / "scores.safetensors", self.teacher)[0]
+        self.scores = {
+            criterion: load_scores(scores_file(self.folder, criterion), self.teacher)[0]
+            for criterion in self.options.criteria
+        }
         content = json.loads((self.folder / "front.json").read_text())
         self.candidates = [Candidate.of(row) for row in content["candidates"]]
         uniform = self.uniform()
@@ -90,7 +95,8 @@ class Bench:
         for (name, plan), speed in zip(plans.items(), speeds, strict=True):
             model, error = self.final(plan)
             errors[name] = error[1]
-            shown = plan.target + ("" if plan.edge_order is None else f", edges l <= {plan.edge_order}")
+            edges = "" if plan.edge_order is None else f", edges l <= {plan.edge_order}"
+            shown = f"{plan.target}{edges}, {plan.importance}"
             rows.append([name, shown, num_parameters(model), speed, held_out[name], *error])
         ratio = errors["search"] / errors["best uniform"]
         verdict = "reached" if ratio <= GOAL and speeds[1] >= 0.97 * speeds[0] else "NOT reached"
@@ -130,15 +136,18 @@ class Bench:
         found: dict[str, tuple[Plan, float]] = {}
         for text in UNIFORM[: self.given.uniform]:
             highest = len(self.space.uniform(text).channels[0]) - 1
-            for extra in (0, 1):
-                plan = self.space.scaled(self.space.uniform(text, highest + extra), load)
+            for extra, criterion in itertools.product((0, 1), self.options.criteria):
+                shape = self.space.uniform(text, highest + extra)
+                plan = self.space.scaled(shape.model_copy(update={"importance": criterion}), load)
                 if plan is None or self.space.effect(plan) in found:
                     continue
                 effect = self.space.effect(plan)
                 error = known[effect] if effect in known else evaluator.error(plan).forces
                 found[effect] = plan, error
                 print(
-                    f"uniform {plan.target} edges {plan.edge_order}: {error:.2f}", file=sys.stderr, flush=True
+                    f"uniform {plan.target} edges {plan.edge_order} {criterion}: {error:.2f}",
+                    file=sys.stderr,
+                    flush=True,
                 )
         for c in self.candidates:
             if is_uniform(c.plan) and load(c.plan) <= 1:
@@ -153,7 +162,9 @@ class Bench:
 
     def final(self, plan: Plan) -> tuple[nn.Module, tuple[float, float]]:
         """Model refitted on all structures, and its errors on the test structures."""
-        model = compress(self.teacher, self._graphs(self.frames), plan, scores=self.scores).model
+        model = compress(
+            self.teacher, self._graphs(self.frames), plan, scores=self.scores[plan.importance]
+        ).model
         batch = collate(self._graphs(self.test))
         wanted, got = (energy_and_derivatives(m, batch) for m in (self.teacher, model))
         energy = ((got.energies - wanted.energies) / batch.num_atoms).abs().mean()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -79,7 +79,7 @@ class Evaluator:
     frames
         Structures.
     scores
-        Importance of its channels.
+        Importance of its channels by each criterion that a plan may name.
     damping
         Factor on the penalties of the refits, see :func:`compactmlip.compress.refit.refit`.
     """
@@ -89,7 +89,7 @@ class Evaluator:
         teacher: nn.Module,
         frames: Frames,
         shapes: Shapes,
-        scores: Scores,
+        scores: Mapping[str, Scores],
         damping: float,
         seed: int = 0,
     ) -> None:
@@ -108,7 +108,7 @@ class Evaluator:
 
     def student(self, plan: Plan) -> nn.Module:
         """Cut and refitted model."""
-        masks = self.shapes.masks(plan, self.scores)
+        masks = self.shapes.masks(plan, self.scores[plan.importance])
         student = prune(self.teacher, masks)
         columns = kept_columns(self.teacher, masks)
         refit(student, self.teacher, columns, self.data, self.damping, known=self.outputs)

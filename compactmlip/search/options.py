@@ -20,7 +20,9 @@ class SearchOptions(BaseModel):
     memory: str | None = Field(None, description="largest memory of a calculation, e.g. 2GB")
     minutes: float = Field(25.0, gt=0, description="time for the candidates")
     candidates: int | None = Field(None, ge=1, description="number of candidates, if that ends it sooner")
-    importance: str = Field("taylor", description="criterion that ranks channels")
+    importance: str = Field(
+        "taylor,taylor-atom,fisher", description="criteria that rank channels, of which plans choose one"
+    )
     atoms: int = Field(512, ge=1, description="size of the structure whose speed and memory count")
     round_to: int = Field(8, ge=1, description="numbers of channels are multiples of this")
     odd_paths: bool = Field(False, description="keep paths that break inversion symmetry")
@@ -49,9 +51,15 @@ class SearchOptions(BaseModel):
     @field_validator("importance")
     @classmethod
     def _known(cls, value: str) -> str:
-        if value not in CRITERIA:
-            raise ValueError(f"choose one of {', '.join(CRITERIA)}")
+        names = value.split(",")
+        if len(set(names)) < len(names) or not set(names) <= set(CRITERIA):
+            raise ValueError(f"choose some of {', '.join(CRITERIA)}, separated by commas")
         return value
+
+    @property
+    def criteria(self) -> tuple[str, ...]:
+        """The criteria."""
+        return tuple(self.importance.split(","))
 
     @property
     def factor(self) -> float | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import time
@@ -141,6 +142,11 @@ def search(
     return _Search(teacher, list(frames), options, Path(folder), progress, clock).run()
 
 
+def scores_file(folder: Path, criterion: str) -> Path:
+    """Where a search keeps the scores of one criterion."""
+    return folder / f"scores-{criterion}.safetensors"
+
+
 class _Search:
     def __init__(
         self,
@@ -156,9 +162,7 @@ class _Search:
         folder.mkdir(parents=True, exist_ok=True)
         self.state = State(folder / STATE, identity_of(teacher, frames, options))
         self.shapes = Shapes(teacher)
-        self.space = Space(
-            self.shapes, options.round_to, odd_paths=options.odd_paths, importance=options.importance
-        )
+        self.space = Space(self.shapes, options.round_to, options.criteria, odd_paths=options.odd_paths)
         self.frames: Frames = split_frames(frames, options.fit_atoms, options.held_out_atoms, options.seed)
         self.all_frames = frames
         big = near_size(frames[0], options.atoms)
@@ -197,25 +201,22 @@ class _Search:
             [MARGIN / self.options.factor] if self.options.factor else [self._reachable(s) for s in SPEEDS]
         )
         for bound in bounds:
-            for source, plan in self._seeds(bound):
-                yield source, plan
-        for plan in study.proposals(lambda: self._next_load(study.candidates)):
-            yield "optuna", plan
+            yield from self._seeds(bound)
+        yield from study.proposals(lambda: self._next_load(study.candidates))
 
     def _seeds(self, bound: float) -> Any:
         """Uniform plans, and those from a ranking of all channels, at one speed."""
         load = self._load(bound)
         highest = self.space.edge_orders
-        for edge in [None] if highest is None else range(highest, 0, -1):
+        edges = [None] if highest is None else range(highest, 0, -1)
+        for edge, criterion in itertools.product(edges, self.options.criteria):
             template = Plan(
-                layers=("1x0",),
-                edge_order=edge,
-                odd_paths=self.options.odd_paths,
-                importance=self.options.importance,
+                layers=("1x0",), edge_order=edge, odd_paths=self.options.odd_paths, importance=criterion
             )
+            scores = self.scores[criterion]
             try:
                 ranked = allocate(
-                    self.shapes, self.scores, load, 1.0, round_to=self.options.round_to, template=template
+                    self.shapes, scores, load, 1.0, round_to=self.options.round_to, template=template
                 )
             except InputError:
                 continue
@@ -288,18 +289,19 @@ class _Search:
     def _time(self, plan: Plan) -> float:
         return self.speed.relative_time(work(self.shapes.pruned(plan)))
 
-    def _scores(self) -> Scores:
-        path = self.folder / "scores.safetensors"
+    def _scores(self) -> dict[str, Scores]:
+        return {criterion: self._scores_of(criterion) for criterion in self.options.criteria}
+
+    def _scores_of(self, criterion: str) -> Scores:
+        path = scores_file(self.folder, criterion)
         if path.is_file():
             return load_scores(path, self.teacher)[0]
         graphs = [
             build_graph(a, model_spec(self.teacher), model_dtype(self.teacher)) for a in self.frames.fit
         ]
         used = some_structures(graphs, self.options.seed)
-        scores = importance(
-            self.teacher, used, self.options.importance, seed=self.options.seed, progress=self.progress
-        )
-        save_scores(path, scores, self.teacher, criterion=self.options.importance)
+        scores = importance(self.teacher, used, criterion, seed=self.options.seed, progress=self.progress)
+        save_scores(path, scores, self.teacher, criterion=criterion)
         return scores
 
     def _speed(self) -> SpeedModel:
@@ -393,7 +395,12 @@ class _Search:
             build_graph(a, model_spec(self.teacher), model_dtype(self.teacher)) for a in self.all_frames
         ]
         made = compress(
-            self.teacher, graphs, plan, scores=self.scores, seed=self.options.seed, progress=self.progress
+            self.teacher,
+            graphs,
+            plan,
+            scores=self.scores[plan.importance],
+            seed=self.options.seed,
+            progress=self.progress,
         )
         record_step(made.model, "search", **self.options.model_dump(mode="json", exclude_none=True))
         return made

@@ -17,6 +17,9 @@ EDGE = "edge order above the features'"
 """Name of the variable for the largest order of the harmonics of edges, where it is free: how far it is above
 the largest order of the features."""
 
+CRITERION = "criterion that ranks channels"
+"""Name of the variable for it, where there are several."""
+
 MOST_EXTRA = 2
 """Its largest value."""
 
@@ -33,26 +36,37 @@ class Space:
         Of the model.
     round_to
         Channels per block.
+    criteria
+        Names of the criteria that may rank channels.
     options
         Options that all plans share.
     """
 
-    def __init__(self, shapes: Shapes, round_to: int, **options: object) -> None:
-        self.shapes, self.round_to, self.options = shapes, round_to, options
+    def __init__(
+        self, shapes: Shapes, round_to: int, criteria: Sequence[str] = ("taylor",), **options: object
+    ) -> None:
+        self.shapes, self.round_to, self.criteria, self.options = shapes, round_to, tuple(criteria), options
         self.full = full_channels(shapes)
         self._effects: dict[str, str] = {}
         edges = [name for name in shapes.graph.groups if name.startswith("edge_harmonics/")]
         self.edge_orders = len(edges) - 1 if edges else None
 
     @property
-    def distributions(self) -> dict[str, BaseDistribution]:
-        """Ranges of the variables."""
-        found: dict[str, BaseDistribution] = {}
+    def bounds(self) -> dict[str, tuple[int, int]]:
+        """Smallest and largest value of each variable."""
+        found: dict[str, tuple[int, int]] = {}
         for (t, l), size in self._places():
-            found[name_of(t, l)] = IntDistribution(1 if l == 0 else 0, max(1, -(-size // self.round_to)))
+            found[name_of(t, l)] = 1 if l == 0 else 0, max(1, -(-size // self.round_to))
         if self.edge_orders is not None:
-            found[EDGE] = IntDistribution(0, min(MOST_EXTRA, self.edge_orders))
+            found[EDGE] = 0, min(MOST_EXTRA, self.edge_orders)
+        if len(self.criteria) > 1:
+            found[CRITERION] = 0, len(self.criteria) - 1
         return found
+
+    @property
+    def distributions(self) -> dict[str, BaseDistribution]:
+        """The same for the optimiser."""
+        return {name: IntDistribution(low, high) for name, (low, high) in self.bounds.items()}
 
     def _places(self) -> Iterator[tuple[tuple[int, int], int]]:
         for t, channels in enumerate(self.full):
@@ -72,7 +86,8 @@ class Space:
         edge = None
         if self.edge_orders is not None:
             edge = min(_highest(layers) + int(blocks[EDGE]), self.edge_orders)
-        return Plan.of(layers, edge_order=edge, **self.options)
+        criterion = self.criteria[int(blocks.get(CRITERION, 0))]
+        return Plan.of(layers, edge_order=edge, importance=criterion, **self.options)
 
     def blocks(self, plan: Plan) -> dict[str, int]:
         """Variables of a plan."""
@@ -84,13 +99,16 @@ class Space:
             highest = _highest(plan.channels)
             edge = highest if plan.edge_order is None else plan.edge_order
             found[EDGE] = min(max(edge - highest, 0), MOST_EXTRA, self.edge_orders)
+        if len(self.criteria) > 1:
+            found[CRITERION] = self.criteria.index(plan.importance)
         return found
 
     def effect(self, plan: Plan) -> str:
         """What the plan leaves, as a text: plans that differ only in what has no effect have the same."""
         name = plan.model_copy(update={"made_by": {}}).to_json()
         if name not in self._effects:
-            self._effects[name] = json.dumps(self.shapes.pruned(plan).architecture, sort_keys=True)
+            left = json.dumps(self.shapes.pruned(plan).architecture, sort_keys=True)
+            self._effects[name] = f"{left} {plan.importance}"
         return self._effects[name]
 
     def scaled(self, plan: Plan, load: Callable[[Plan], float]) -> Plan | None:
@@ -99,7 +117,7 @@ class Space:
         Orders that the plan does not have stay away.
         """
         blocks = self.blocks(plan)
-        fixed = {EDGE: blocks.pop(EDGE)} if EDGE in blocks else {}
+        fixed = {name: blocks.pop(name) for name in (EDGE, CRITERION) if name in blocks}
         loads: dict[str, float] = {}
 
         def at(factor: float) -> tuple[Plan, float]:
@@ -124,7 +142,8 @@ class Space:
             edge_order = None
         elif edge_order is not None:
             edge_order = min(edge_order, self.edge_orders)
-        plan = Plan.uniform(text, len(self.full), edge_order=edge_order, **self.options)
+        options = {"importance": self.criteria[0], **self.options}
+        plan = Plan.uniform(text, len(self.full), edge_order=edge_order, **options)
         return capped(plan, self.full)
 
     def tapered(self, plan: Plan, ratio: float) -> Plan:

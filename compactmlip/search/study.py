@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import optuna
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
@@ -17,6 +18,7 @@ from optuna.trial import TrialState
 
 from compactmlip.compress.plan_file import Plan
 from compactmlip.search.evaluate import PlanError
+from compactmlip.search.exchange import exchanged
 from compactmlip.search.space import Space
 
 JOURNAL = "candidates.journal"
@@ -27,6 +29,12 @@ MOST_REPEATED = 200
 
 RANDOM_AFTER = 5
 """Proposals in a row that are known already, after which random ones are tried."""
+
+PARENTS = 5
+"""The best candidates, whose neighbours are proposed; the better, the more often."""
+
+EXCHANGES = 3
+"""Of four proposals, so many are neighbours of a good candidate; the others are the optimiser's."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +54,7 @@ class Candidate:
     parameters
         Number of parameters.
     source
-        Where the plan came from: a seed's name, or "optuna".
+        Where the plan came from: a seed's name, "exchange" or "optuna".
     """
 
     plan: Plan
@@ -115,6 +123,7 @@ class Study:
                 seed=seed + started, multivariate=True, n_startup_trials=1, n_ei_candidates=64
             )
             self.random = optuna.samplers.RandomSampler(seed=seed + started)
+        self.rng = np.random.default_rng((seed, started))
         for trial in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
             self.study.tell(trial.number, state=TrialState.FAIL)
 
@@ -139,24 +148,35 @@ class Study:
         )
         self.study.add_trial(trial)
 
-    def proposals(self, load: Callable[[], Callable[[Plan], float]]) -> Iterator[Plan]:
-        """Plans that are not known yet, scaled to a load of one; ends when only known ones come.
+    def proposals(self, load: Callable[[], Callable[[Plan], float]]) -> Iterator[tuple[str, Plan]]:
+        """Sources and new plans with a load of at most one; ends when only known ones come.
 
-        What the optimiser proposes is never evaluated as it is: the scaled plan takes its place in the
-        journal, so that all that it learns from lies on the budget.
+        What the optimiser proposes is never evaluated as it is: the plan scaled to a load of one takes its
+        place in the journal, so that all that it learns from lies on the budget.
         """
-        repeated = 0
+        repeated = count = 0
         while repeated < MOST_REPEATED:
-            self.study.sampler = self.random if repeated >= RANDOM_AFTER else self.sampler
-            trial = self.study.ask(self.space.distributions)
-            proposed = self.space.plan(trial.params)
-            self.study.tell(trial, state=TrialState.FAIL)
-            plan = self.space.scaled(proposed, load())
+            count += 1
+            source = "exchange" if count % (EXCHANGES + 1) and self.candidates else "optuna"
+            plan = self._neighbour(load()) if source == "exchange" else self._sampled(load(), repeated)
             if plan is None or self.knows(plan):
                 repeated += 1
                 continue
             repeated = 0
-            yield plan
+            yield source, plan
+
+    def _sampled(self, load: Callable[[Plan], float], repeated: int) -> Plan | None:
+        self.study.sampler = self.random if repeated >= RANDOM_AFTER else self.sampler
+        trial = self.study.ask(self.space.distributions)
+        proposed = self.space.plan(trial.params)
+        self.study.tell(trial, state=TrialState.FAIL)
+        return self.space.scaled(proposed, load)
+
+    def _neighbour(self, load: Callable[[Plan], float]) -> Plan | None:
+        best = sorted(self.candidates, key=self.objective)[:PARENTS]
+        chances = 1 / np.arange(1, len(best) + 1)
+        parent = best[self.rng.choice(len(best), p=chances / chances.sum())]
+        return exchanged(self.space, parent.plan, load, self.rng)
 
 
 def front(candidates: Sequence[Candidate]) -> list[Candidate]:
