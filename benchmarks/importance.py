@@ -78,7 +78,10 @@ def main(arguments: Sequence[str]) -> None:
     chosen = Frames(
         limited(frames, given.every, given.fit_atoms), limited(held_out, given.every, given.held_out_atoms)
     )
-    command = " ".join(Path(a).name if "/" in a else a for a in arguments if a != "--output")
+    shown = list(arguments)
+    if "--output" in shown:
+        del shown[shown.index("--output") : shown.index("--output") + 2]
+    command = " ".join(Path(a).name if "/" in a else a for a in shown)
     title = header("Importance criteria", f"python benchmarks/importance.py {command}")
     report(title + _tables(teacher, chosen, given.plan, given.resamples), given.output)
 

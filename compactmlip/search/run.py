@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,6 @@ from ase import Atoms
 from torch import nn
 
 from compactmlip import checkpoint
-from compactmlip.compress.allocate import allocate
 from compactmlip.compress.compensate import HeldOutError
 from compactmlip.compress.compress import Compressed, compress, some_structures
 from compactmlip.compress.cost import Budget, Setting, Shapes, memory as memory_cost
@@ -34,18 +32,11 @@ from compactmlip.search.evaluate import Evaluator, Frames, split_frames
 from compactmlip.search.halving import successive_halving
 from compactmlip.search.options import SearchOptions
 from compactmlip.search.record import State, digest_of, identity_of, write_results
+from compactmlip.search.seeds import seeds
 from compactmlip.search.space import EDGE, Space
 from compactmlip.search.speed import SpeedModel, Stopwatch, probe_plans
 from compactmlip.search.study import Candidate, Study
 from compactmlip.validate.supercells import near_size
-
-SHAPES = ("64x0", "64x0+32x1", "64x0+32x1+16x2", "64x0+32x1+16x2+16x3", "32x0+32x1+32x2+32x3")
-"""Proportions of the uniform plans that a search begins with."""
-
-TAPERED = ("128x0+64x1", "128x0+64x1+32x2")
-"""Proportions in the layer that has most channels, of plans that thin out towards the first or last layer."""
-
-TAPERS = (0.3, 3.0)
 
 SPEEDS = (2.0, 4.0, 8.0, 16.0)
 """Speed-ups that are explored where none is asked for."""
@@ -195,7 +186,7 @@ class _Search:
                     self.state.save(seconds=self.clock() - begin)
         return self._finish(study.candidates)
 
-    def _plans(self, study: Study) -> Any:
+    def _plans(self, study: Study) -> Iterator[tuple[str, Plan]]:
         """First plans of known kinds, then the optimiser's."""
         bounds = (
             [MARGIN / self.options.factor] if self.options.factor else [self._reachable(s) for s in SPEEDS]
@@ -204,38 +195,9 @@ class _Search:
             yield from self._seeds(bound)
         yield from study.proposals(lambda: self._next_load(study.candidates))
 
-    def _seeds(self, bound: float) -> Any:
-        """Uniform plans, and those from a ranking of all channels, at one speed."""
-        load = self._load(bound)
-        highest = self.space.edge_orders
-        edges = [None] if highest is None else range(highest, 0, -1)
-        for edge, criterion in itertools.product(edges, self.options.criteria):
-            template = Plan(
-                layers=("1x0",), edge_order=edge, odd_paths=self.options.odd_paths, importance=criterion
-            )
-            scores = self.scores[criterion]
-            try:
-                ranked = allocate(
-                    self.shapes, scores, load, 1.0, round_to=self.options.round_to, template=template
-                )
-            except InputError:
-                continue
-            made = self.space.scaled(ranked, load)
-            if made is not None:
-                yield "ranking", made
-        for text in SHAPES:
-            for extra in (0, 1):
-                plan = self.space.uniform(text)
-                highest = max(len(channels) - 1 for channels in plan.channels)
-                made = self.space.scaled(self.space.uniform(text, highest + extra), load)
-                if made is not None:
-                    yield f"uniform {text}" + ", edges one order higher" * extra, made
-
-        for text in TAPERED:
-            for ratio in TAPERS:
-                made = self.space.scaled(self.space.tapered(self.space.uniform(text), ratio), load)
-                if made is not None:
-                    yield f"tapered {text}", made
+    def _seeds(self, bound: float) -> Iterator[tuple[str, Plan]]:
+        """Plans of known kinds, at one speed."""
+        return seeds(self.space, self.scores, self._load(bound))
 
     def _load(self, bound: float) -> Callable[[Plan], float]:
         """Largest of what a plan needs over what is allowed."""

@@ -23,6 +23,7 @@ from compactmlip.models import model_spec
 from compactmlip.models.workload import Work
 from compactmlip.search import run as module
 from compactmlip.search.evaluate import PlanError
+from compactmlip.search.exchange import exchanged
 from compactmlip.search.options import SearchOptions
 from compactmlip.search.run import search
 from compactmlip.search.space import EDGE, Space
@@ -212,6 +213,57 @@ def test_larger_models_are_measured_to_be_slower(teacher: nn.Module, kernels: No
     assert watch.fitted().reference_seconds > 0
 
 
+def test_exchanges_stay_on_the_budget(teacher: nn.Module) -> None:
+    space = Space(Shapes(teacher), 1, ("taylor", "fisher"))
+    start = space.uniform("4x0+2x1", 1)
+
+    def load(plan: Plan) -> float:
+        return sum(map(sum, plan.channels)) / sum(map(sum, start.channels))
+
+    rng = np.random.default_rng(0)
+    made = [exchanged(space, start, load, rng) for _ in range(60)]
+    assert all(plan is not None for plan in made)
+    plans = [plan for plan in made if plan is not None]
+    assert {load(plan) for plan in plans} == {1.0}
+    others = [plan for plan in plans if plan.importance == "fisher"]
+    assert 4 < len(others) < 25 and {plan.layers for plan in others} == {start.layers}
+    assert len({plan.target for plan in plans}) > 20
+    before = space.blocks(start)
+    moved = [sum(abs(count - before[name]) for name, count in space.blocks(p).items()) for p in plans]
+    assert np.median(moved) <= 6
+
+
+def test_nothing_to_exchange(teacher: nn.Module) -> None:
+    space = Space(Shapes(teacher), 1)
+    full = Plan.of(space.full, edge_order=space.edge_orders)
+    rng = np.random.default_rng(0)
+    assert exchanged(space, full, lambda plan: 1.0, rng) is None
+    assert exchanged(space, space.uniform("4x0+2x1", 1), lambda plan: 2.0, rng) is None
+
+
+def test_exchanges_find_what_pays(teacher: nn.Module, tmp_path: Path) -> None:
+    """An error that depends on single places, at equal numbers of channels: far below the uniform plan's."""
+    space = Space(Shapes(teacher), 1)
+    start = space.uniform("4x0+2x1", 1)
+    weights = {name: k % 3 for k, name in enumerate(space.bounds)}
+
+    def error(plan: Plan) -> float:
+        return sum(weights[name] / (1.0 + count) for name, count in space.blocks(plan).items())
+
+    def load(plan: Plan) -> float:
+        return sum(map(sum, plan.channels)) / sum(map(sum, start.channels))
+
+    study = Study(tmp_path, space, lambda c: c.error.forces, seed=0)
+    study.add(Candidate(start, PlanError(0.0, error(start)), 1.0, 0.0, 0, "uniform"))
+    proposals = study.proposals(lambda: load)
+    for _ in range(40):
+        source, plan = next(proposals)
+        study.add(Candidate(plan, PlanError(0.0, error(plan)), 1.0, 0.0, 0, source))
+    best = min(c.error.forces for c in study.candidates)
+    assert best < 0.8 * error(start)
+    assert {c.source for c in study.candidates} == {"uniform", "exchange", "optuna"}
+
+
 def test_front() -> None:
     plan = Plan(layers=("8x0",))
     made = [
@@ -230,8 +282,8 @@ def test_journal_survives(teacher: nn.Module, tmp_path: Path) -> None:
     again = Study(tmp_path, space, lambda c: c.error.forces, seed=0)
     assert again.candidates == [one]
     assert again.knows(one.plan) and not again.knows(space.uniform("2x0"))
-    plan = next(again.proposals(lambda: lambda p: 0.5))
-    assert not again.knows(plan)
+    source, plan = next(again.proposals(lambda: lambda p: 0.5))
+    assert source == "exchange" and not again.knows(plan)
 
 
 def test_predictions_are_right_near_the_wanted_speed() -> None:

@@ -1,0 +1,69 @@
+"""The plans that a search begins with."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping
+
+from compactmlip.compress.allocate import allocate
+from compactmlip.compress.plan_file import Plan
+from compactmlip.compress.tapped import Scores
+from compactmlip.errors import InputError
+from compactmlip.search.space import Space
+
+SHAPES = ("64x0", "64x0+32x1", "64x0+32x1+16x2", "64x0+32x1+16x2+16x3", "32x0+32x1+32x2+32x3")
+"""Proportions of the uniform plans that a search begins with."""
+
+TAPERED = ("128x0+64x1", "128x0+64x1+32x2")
+"""Proportions in the layer that has most channels, of plans that thin out towards the first or last layer."""
+
+TAPERS = (0.3, 3.0)
+
+
+def seeds(
+    space: Space, scores: Mapping[str, Scores], load: Callable[[Plan], float]
+) -> Iterator[tuple[str, Plan]]:
+    """Sources and plans with a load of at most one.
+
+    First what a ranking of all channels leaves, by each criterion and with each order of the harmonics of
+    edges; then plans with the same channels in all layers; then some that thin out towards one end.
+
+    Parameters
+    ----------
+    space
+        Variables.
+    scores
+        Of all channels, by criterion.
+    load
+        What a plan needs over what is allowed.
+    """
+    yield from _ranked(space, scores, load)
+    for text in SHAPES:
+        for extra in (0, 1):
+            plan = space.uniform(text)
+            highest = max(len(channels) - 1 for channels in plan.channels)
+            made = space.scaled(space.uniform(text, highest + extra), load)
+            if made is not None:
+                yield f"uniform {text}" + ", edges one order higher" * extra, made
+    for text, ratio in itertools.product(TAPERED, TAPERS):
+        made = space.scaled(space.tapered(space.uniform(text), ratio), load)
+        if made is not None:
+            yield f"tapered {text}", made
+
+
+def _ranked(
+    space: Space, scores: Mapping[str, Scores], load: Callable[[Plan], float]
+) -> Iterator[tuple[str, Plan]]:
+    edges = [None] if space.edge_orders is None else range(space.edge_orders, 0, -1)
+    for edge, criterion in itertools.product(edges, space.criteria):
+        options = {"edge_order": edge, "importance": criterion, **space.options}
+        template = Plan(layers=("1x0",), **options)
+        try:
+            ranked = allocate(
+                space.shapes, scores[criterion], load, 1.0, round_to=space.round_to, template=template
+            )
+        except InputError:
+            continue
+        made = space.scaled(ranked, load)
+        if made is not None:
+            yield "ranking", made
