@@ -186,7 +186,10 @@ def main(arguments: Sequence[str]) -> None:
     options.add_argument("--seed", type=int, default=0)
     given = options.parse_args(arguments)
     torch.set_num_threads(given.threads)
-    command = " ".join(Path(a).name if os.sep in a else a for a in arguments)
+    shown = list(arguments)
+    if "--output" in shown:
+        del shown[shown.index("--output") : shown.index("--output") + 2]
+    command = " ".join(Path(a).name if os.sep in a else a for a in shown)
     title = header("Search against uniform plans", f"python benchmarks/search.py {command}")
     report(title + Bench(given).run(), given.output)
 
