@@ -66,8 +66,8 @@ def own_forms(records: Sequence[Record]) -> str:
     text += (
         "\nAtoms per second of energies and forces, one thread, medians of "
         f"{' or '.join(map(str, repeats))}, calculations in turn, each in a process of its own; and its peak "
-        "memory.  'eager' is the native model with our kernels where it has some, 'TorchScript' the deployed "
-        "file without kernels (`compile --backend torch`), both in float32.  The models are those of "
+        "memory. 'eager' is the native model with our kernels where it has some, 'TorchScript' the deployed "
+        "file without kernels (`compile --backend torch`), both in float32. The models are those of "
         "engine.md.\n\n"
     )
     names = ("eager", "TorchScript", "kernels float64", "kernels float32")
