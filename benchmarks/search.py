@@ -22,6 +22,7 @@ import time
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean
 
 import torch
 from ase import Atoms
@@ -86,7 +87,7 @@ class Bench:
         content = json.loads((self.folder / "front.json").read_text())
         self.candidates = [Candidate.of(row) for row in content["candidates"]]
         uniform = self.uniform()
-        best, error_of_best = min(uniform, key=lambda pair: pair[1])
+        best, error_of_best = min(self.checked(uniform), key=lambda pair: pair[1])
         plans = {"best uniform": best, "search": found.chosen.plan}
         held_out = {"best uniform": error_of_best, "search": found.chosen.error.forces}
         speeds = self.speeds(list(plans.values()))
@@ -105,7 +106,8 @@ class Bench:
             f"(searching: {self.seconds() / 60:.1f} in all). {len(uniform)} uniform plans. Speed: over the "
         )
         text += f"deployed teacher ({self.reference():.0f} atoms/s), processor time, medians of 10 in turns. "
-        text += "Held out: what was searched on; test: after the refit on all structures, unseen before. "
+        text += "Held out: what was searched on, means over three divisions; test: after the refit on all "
+        text += "structures, unseen before. "
         text += "meV/atom, meV/Angstrom.\n\n"
         names = ["plan", "channels", "parameters", "speed-up", "F held out", "E test", "F test"]
         text += table(names, rows)
@@ -153,6 +155,19 @@ class Bench:
             if is_uniform(c.plan) and load(c.plan) <= 1:
                 found.setdefault(self.space.effect(c.plan), (c.plan, c.error.forces))
         return list(found.values())
+
+    def checked(self, found: list[tuple[Plan, float]]) -> list[tuple[Plan, float]]:
+        """The best, with errors that are means over divisions of the structures, as in the search."""
+        options = self.options
+        best = sorted(found, key=lambda pair: pair[1])[: options.checked]
+        errors = [[error] for _, error in best]
+        for split in range(1, options.splits):
+            seed = options.seed + split
+            frames = split_frames(self.frames, options.fit_atoms, options.held_out_atoms, seed)
+            evaluator = Evaluator(self.teacher, frames, self.shapes, self.scores, options.damping)
+            for row, (plan, _) in zip(errors, best, strict=True):
+                row.append(evaluator.error(plan).forces)
+        return [(plan, fmean(row)) for (plan, _), row in zip(best, errors, strict=True)]
 
     def speeds(self, plans: Sequence[Plan]) -> list[float]:
         graph = build_graph(

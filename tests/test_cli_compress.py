@@ -93,7 +93,7 @@ def test_what_cannot_be_is_refused(run: Run, options: str, message: str) -> None
 
 
 def test_search(run: Run) -> None:
-    settings = "--set atoms=16 --set round_to=2 --set fit_atoms=14 --set held_out_atoms=6 --set repeats=1"
+    settings = "--set atoms=16 --set round_to=2 --set fit_atoms=14 --set held_out_atoms=6 --set repeats=1 --set splits=1"
     code, out, err = run(
         f"search teacher.safetensors --data mgo.xyz --memory 2GB --candidates 2 {settings} --json"
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 
 import torch
 from ase import Atoms
@@ -37,6 +38,11 @@ class PlanError:
 
     energy: float
     forces: float
+
+    @staticmethod
+    def mean(errors: Sequence[PlanError]) -> PlanError:
+        """Mean of the errors on several sets of structures."""
+        return PlanError(fmean(e.energy for e in errors), fmean(e.forces for e in errors))
 
 
 @dataclass(frozen=True)

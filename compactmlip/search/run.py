@@ -6,7 +6,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from compactmlip.data.label import label
 from compactmlip.errors import InputError
 from compactmlip.models import model_dtype, model_spec, num_parameters, record_step, work
 from compactmlip.progress import Track
-from compactmlip.search.evaluate import Evaluator, Frames, split_frames
+from compactmlip.search.evaluate import Evaluator, Frames, PlanError, split_frames
 from compactmlip.search.halving import successive_halving
 from compactmlip.search.options import SearchOptions
 from compactmlip.search.record import State, digest_of, identity_of, write_results
@@ -165,9 +165,7 @@ class _Search:
 
     def run(self) -> Found:
         begin = self.clock() - self.state.seconds
-        evaluator = Evaluator(
-            self.teacher, self.frames, self.shapes, self.scores, self.options.damping, self.options.seed
-        )
+        evaluator = self._evaluator(self.frames)
         study = Study(self.folder, self.space, self._objective, self.options.seed)
         total = 60 * self.options.minutes
         with Track("search", total, "s", enabled=self.progress) as track:
@@ -290,7 +288,7 @@ class _Search:
                 f"as the uncut model with {len(self.graph.species)} atoms. Ask for less, or time more atoms "
                 "(--set atoms=512)."
             )
-        finalists, speedups = self._finalists(candidates)
+        finalists, speedups = self._finalists(self._checked(candidates))
         good = [k for k, c in enumerate(finalists) if self._meets(c, speedups[k])]
         best = good[0] if good else self._closest(finalists, speedups)
         errors: HeldOutError | None = None
@@ -318,6 +316,29 @@ class _Search:
         about = {"uncut": uncut, "speed_model": self.speed.model_dump()}
         write_results(self.folder, self.options, about, candidates, chosen, measured)
         return Found(chosen, best in good, speedups[best], errors, len(candidates))
+
+    def _checked(self, candidates: list[Candidate]) -> list[Candidate]:
+        """The best candidates, with errors that are means over several divisions of the structures.
+
+        The best of hundreds of candidates on one held-out set is partly the luckiest one on it.
+        """
+        options = self.options
+        best = self._ranked(candidates)[: options.checked]
+        found = [[c.error] for c in best]
+        with Track("check", (options.splits - 1) * len(best), "plans", enabled=self.progress) as track:
+            for split in range(1, options.splits):
+                seed = options.seed + split
+                frames = split_frames(self.all_frames, options.fit_atoms, options.held_out_atoms, seed)
+                evaluator = self._evaluator(frames)
+                for errors, candidate in zip(found, best, strict=True):
+                    errors.append(evaluator.error(candidate.plan))
+                    track.advance(1)
+        return self._ranked([replace(c, error=PlanError.mean(e)) for c, e in zip(best, found, strict=True)])
+
+    def _evaluator(self, frames: Frames) -> Evaluator:
+        return Evaluator(
+            self.teacher, frames, self.shapes, self.scores, self.options.damping, self.options.seed
+        )
 
     def _finalists(self, candidates: list[Candidate]) -> tuple[list[Candidate], list[float]]:
         """The best candidates and their measured speed-ups; a second lot if the first is too slow."""

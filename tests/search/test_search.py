@@ -18,19 +18,21 @@ from compactmlip import checkpoint
 from compactmlip.compress.apply import keep_species
 from compactmlip.compress.cost import Shapes
 from compactmlip.compress.plan_file import Plan
+from compactmlip.compress.scores_file import load_scores
 from compactmlip.errors import InputError
 from compactmlip.models import model_spec
 from compactmlip.models.workload import Work
 from compactmlip.search import run as module
-from compactmlip.search.evaluate import PlanError
+from compactmlip.search.evaluate import Evaluator, PlanError, split_frames
 from compactmlip.search.exchange import exchanged
 from compactmlip.search.options import SearchOptions
-from compactmlip.search.run import search
+from compactmlip.search.run import scores_file, search
 from compactmlip.search.space import EDGE, Space
 from compactmlip.search.speed import SpeedModel, Stopwatch
 from compactmlip.search.study import Candidate, Study, front
 
 SMALL = {"atoms": 16, "round_to": 2, "fit_atoms": 24, "held_out_atoms": 8, "repeats": 1, "minutes": 5.0}
+SMALL |= {"splits": 1}
 
 
 @pytest.fixture(scope="module")
@@ -122,6 +124,23 @@ def test_a_stopped_search_continues(
     other = options.model_copy(update={"speedup": "2x"})
     with pytest.raises(InputError, match="another model, other structures or options"):
         search(teacher, frames, other, tmp_path, progress=False)
+
+
+def test_the_best_are_checked_on_other_divisions(
+    teacher: nn.Module, frames: list[Atoms], tmp_path: Path, fake_speed: None
+) -> None:
+    options = SearchOptions(speedup="3x", candidates=6, **(SMALL | {"splits": 3, "checked": 2}))
+    found = search(teacher, frames, options, tmp_path, progress=False)
+    rows = json.loads((tmp_path / "front.json").read_text())["candidates"]
+    (first,) = (r["force_mae_meV_per_A"] for r in rows if Plan.model_validate(r["plan"]) == found.chosen.plan)
+    errors = [PlanError(0.0, first)]
+    shapes = Shapes(teacher)
+    scores = {c: load_scores(scores_file(tmp_path, c), teacher)[0] for c in options.criteria}
+    for seed in (1, 2):
+        other = split_frames(frames, options.fit_atoms, options.held_out_atoms, seed)
+        errors.append(Evaluator(teacher, other, shapes, scores, options.damping).error(found.chosen.plan))
+    assert len({e.forces for e in errors}) == 3
+    assert found.chosen.error.forces == pytest.approx(PlanError.mean(errors).forces)
 
 
 def test_finalists_are_trained_by_halving(
