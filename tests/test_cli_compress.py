@@ -93,7 +93,8 @@ def test_what_cannot_be_is_refused(run: Run, options: str, message: str) -> None
 
 
 def test_search(run: Run) -> None:
-    settings = "--set atoms=16 --set round_to=2 --set fit_atoms=14 --set held_out_atoms=6 --set repeats=1 --set splits=1"
+    values = ("atoms=16", "round_to=2", "fit_atoms=14", "held_out_atoms=6", "repeats=1", "splits=1")
+    settings = " ".join(f"--set {value}" for value in values)
     code, out, err = run(
         f"search teacher.safetensors --data mgo.xyz --memory 2GB --candidates 2 {settings} --json"
     )
