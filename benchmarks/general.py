@@ -30,7 +30,7 @@ from compactmlip import checkpoint
 from compactmlip.compress.compress import compress
 from compactmlip.data.graph import build_graph
 from compactmlip.data.label import label
-from compactmlip.data.read import read_labelled
+from compactmlip.data.read import read_labelled, read_structures
 from compactmlip.families import load_model
 from compactmlip.models import model_spec, num_parameters
 from compactmlip.train.dataset import Dataset
@@ -70,11 +70,20 @@ class Bench:
             for part, chosen in names.items()
         }
 
+    @cached_property
+    def more(self) -> list[Atoms]:
+        """Further frames to train on, of no trajectory that is tested or validated on."""
+        key = self.options.group_key
+        taken = {str(a.info[key]) for part in ("test", "valid") for a in self.frames[part]}
+        found = [a for file in self.options.more for a in read_structures([file])]
+        return [a for a in found if len(a) <= self.options.max_atoms and str(a.info[key]) not in taken]
+
     def labelled(self, part: str) -> list[Atoms]:
         """Frames with the teacher's labels; training frames with their copies."""
         frames = self.frames[part]
         if part == "train":
             rng = np.random.default_rng(self.options.seed)
+            frames = [*frames, *self.more]
             frames = [*frames, *(moved(a, rng) for a in frames for _ in range(self.options.copies))]
         return label(frames, self.teacher, self.work / f"{part}.xyz", progress=False)
 
@@ -148,11 +157,12 @@ def main() -> None:
     options_parser.add_argument("--work", type=Path, required=True, help="folder of partial results")
     options_parser.add_argument("--group-key", default="mptrj_traj_id")
     options_parser.add_argument("--max-atoms", type=int, default=30)
+    options_parser.add_argument("--more", type=Path, nargs="*", default=[], help="more frames to train on")
     options_parser.add_argument("--copies", type=int, default=1, help="copies of each training frame")
     options_parser.add_argument("--calibration", type=int, default=2300, help="atoms for compensation")
     options_parser.add_argument("--targets", nargs="+", default=["l <= 2"], choices=list(TARGETS))
     options_parser.add_argument("--minutes", type=float, default=20.0, help="processor time of a training")
-    options_parser.add_argument("--lr", type=float, default=3e-3)
+    options_parser.add_argument("--lr", type=float, default=5e-4)
     options_parser.add_argument("--batch-atoms", type=int, default=32)
     options_parser.add_argument("--seed", type=int, default=0)
     options = options_parser.parse_args()
@@ -169,13 +179,13 @@ def main() -> None:
     text = header(
         "General-purpose compression",
         f"python benchmarks/general.py FRAMES.xyz --work DIR --minutes {options.minutes:g} "
-        f"--copies {options.copies} --max-atoms {options.max_atoms} --batch-atoms {options.batch_atoms} "
+        f"--more FRAMES.xyz --copies {options.copies} --max-atoms {options.max_atoms} --batch-atoms {options.batch_atoms} "
         f"--lr {options.lr:g}",
     )
     listed = ", ".join(f"{name} {n} frames ({atoms} atoms)" for name, (n, atoms) in sizes.items())
     text += (
-        f"\nSplit by trajectory: {listed}; with {options.copies} displaced and strained copies of each "
-        f"training frame. Compensated on {options.calibration} atoms, then {options.minutes:g} minutes of "
+        f"\nSplit by trajectory: {listed}; {len(bench.more)} more frames to train on, and {options.copies} "
+        f"displaced and strained copies of each training frame. Compensated on {options.calibration} atoms, then {options.minutes:g} minutes of "
         f"processor time on one thread, seed {options.seed}. Mean absolute errors on the test trajectories: "
         "meV/atom, meV/Angstrom, meV/Angstrom^3; against the frames' DFT labels and against the teacher.\n\n"
     )
