@@ -179,15 +179,16 @@ def main() -> None:
     text = header(
         "General-purpose compression",
         f"python benchmarks/general.py FRAMES.xyz --work DIR --minutes {options.minutes:g} "
-        f"--more FRAMES.xyz --copies {options.copies} --max-atoms {options.max_atoms} --batch-atoms {options.batch_atoms} "
-        f"--lr {options.lr:g}",
+        f"--more FRAMES.xyz --copies {options.copies} --max-atoms {options.max_atoms} "
+        f"--batch-atoms {options.batch_atoms} --lr {options.lr:g}",
     )
     listed = ", ".join(f"{name} {n} frames ({atoms} atoms)" for name, (n, atoms) in sizes.items())
     text += (
         f"\nSplit by trajectory: {listed}; {len(bench.more)} more frames to train on, and {options.copies} "
-        f"displaced and strained copies of each training frame. Compensated on {options.calibration} atoms, then {options.minutes:g} minutes of "
-        f"processor time on one thread, seed {options.seed}. Mean absolute errors on the test trajectories: "
-        "meV/atom, meV/Angstrom, meV/Angstrom^3; against the frames' DFT labels and against the teacher.\n\n"
+        f"displaced and strained copies of each training frame. Compensated on {options.calibration} atoms, "
+        f"then {options.minutes:g} minutes of processor time on one thread, seed {options.seed}. Mean "
+        "absolute errors on the test trajectories: meV/atom, meV/Angstrom, meV/Angstrom^3; against the "
+        "frames' DFT labels and against the teacher.\n\n"
     )
     quantities = [f"{q} {of}" for of in ("DFT", "teacher") for q in ("E", "F", "S")]
     report(text + table(("model", "parameters", *quantities), rows), options.output)
