@@ -13,12 +13,27 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from compactmlip.data.graph import GraphBatch, build_graph, collate
+from compactmlip.data.hessian import DIRECTIONS, PRODUCTS
 from compactmlip.data.read import ENERGY, FORCES, STRESS
 from compactmlip.errors import InputError
 from compactmlip.spec import ModelSpec
 
 VOIGT = ((0, 1, 2, 1, 0, 0), (0, 1, 2, 2, 2, 1))
 """Rows and columns of the components xx yy zz yz xz xy."""
+
+
+@dataclass(frozen=True)
+class HessianLabels:
+    """Displacements (N, K, 3) and the teacher's Hessian times each, (N, K, 3) eV/Angstrom^2."""
+
+    directions: Tensor
+    products: Tensor
+
+    def some(self, start: int, number: int) -> HessianLabels:
+        """``number`` directions from the one numbered ``start`` on, in a circle."""
+        count = self.directions.shape[1]
+        chosen = [(start + k) % count for k in range(min(number, count))]
+        return HessianLabels(self.directions[:, chosen], self.products[:, chosen])
 
 
 @dataclass(frozen=True)
@@ -42,6 +57,8 @@ class LabelledBatch:
         (M,) indices of the atoms that have force labels; None if all have.
     weights
         (S, 3) weights of each structure's energy, forces and stress in the loss; None if all are one.
+    hessian
+        Labels of the Hessian; None if they are not used.
     """
 
     graph: GraphBatch
@@ -51,6 +68,7 @@ class LabelledBatch:
     with_stress: Tensor
     with_forces: Tensor | None = None
     weights: Tensor | None = None
+    hessian: HessianLabels | None = None
 
     def to(self, device: torch.device) -> LabelledBatch:
         """Return a copy on a device."""
@@ -62,7 +80,16 @@ class LabelledBatch:
             self.with_stress.to(device),
             None if self.with_forces is None else self.with_forces.to(device),
             None if self.weights is None else self.weights.to(device),
+            None
+            if self.hessian is None
+            else HessianLabels(self.hessian.directions.to(device), self.hessian.products.to(device)),
         )
+
+    def with_hessian(self, start: int, number: int) -> LabelledBatch:
+        """Keep some directions of the Hessian labels, see :meth:`HessianLabels.some`; none for 0."""
+        if self.hessian is None or number == 0:
+            return replace(self, hessian=None)
+        return replace(self, hessian=self.hessian.some(start, number))
 
     @property
     def num_atoms(self) -> int:
@@ -102,6 +129,7 @@ class Dataset:
         *,
         weights: NDArray[np.float64] | None = None,
         need_forces: bool = True,
+        hessian: int = 0,
     ) -> Dataset:
         """Build the graphs of labelled frames.
 
@@ -123,6 +151,9 @@ class Dataset:
             (frames, 3) weights of energy, forces and stress of each frame in the loss.
         need_forces
             Refuse frames without forces; else their energies alone are used.
+        hessian
+            Read so many directions of the Hessian, as ``compactmlip label --hessian`` writes them, or all
+            that there are if these are fewer; 0 reads none.
 
         Raises
         ------
@@ -140,7 +171,13 @@ class Dataset:
             except InputError as error:
                 raise type(error)(f"{where}: {error}") from error
             own = None if weights is None else torch.as_tensor(weights[k : k + 1], dtype=torch.float64)
-            structures.append(replace(_labelled(atoms, graph, dtype, where, need_forces), weights=own))
+            products = _hessian(atoms, dtype, where).some(0, hessian) if hessian else None
+            labelled = _labelled(atoms, graph, dtype, where, need_forces)
+            structures.append(replace(labelled, weights=own, hessian=products))
+        if len({s.hessian.directions.shape[1] for s in structures if s.hessian is not None}) > 1:
+            raise InputError(
+                f"{name} has frames with different numbers of Hessian products; label them in one run."
+            )
         return cls(tuple(structures), spec.species)
 
     @property
@@ -187,6 +224,7 @@ class Dataset:
             torch.cat([p.with_stress + k for k, p in enumerate(parts)]),
             _with_forces(parts),
             _weights(parts),
+            _joined_hessian(parts),
         )
 
 
@@ -196,6 +234,14 @@ def _with_forces(parts: Sequence[LabelledBatch]) -> Tensor | None:
         return None
     starts = np.cumsum([0, *(p.num_atoms for p in parts)])
     return torch.cat([p.labelled_atoms + int(a) for p, a in zip(parts, starts, strict=False)])
+
+
+def _joined_hessian(parts: Sequence[LabelledBatch]) -> HessianLabels | None:
+    """Hessian labels of the joined batch."""
+    labels = [p.hessian for p in parts if p.hessian is not None]
+    if len(labels) < len(parts):
+        return None
+    return HessianLabels(torch.cat([h.directions for h in labels]), torch.cat([h.products for h in labels]))
 
 
 def _weights(parts: Sequence[LabelledBatch]) -> Tensor | None:
@@ -239,6 +285,22 @@ def _labelled(
         torch.zeros(len(voigt), dtype=torch.long),
         with_forces,
     )
+
+
+def _hessian(atoms: Atoms, dtype: torch.dtype, where: str) -> HessianLabels:
+    """Hessian labels of one frame."""
+    if DIRECTIONS not in atoms.arrays or PRODUCTS not in atoms.arrays:
+        raise InputError(
+            f"{where} has no {DIRECTIONS if DIRECTIONS not in atoms.arrays else PRODUCTS}, which training with "
+            "a weight of the Hessian needs. Label the frames with 'compactmlip label --hessian 4', or leave "
+            "the weight out."
+        )
+    shape = np.shape(atoms.arrays[DIRECTIONS])
+    if len(shape) != 2 or shape[1] == 0 or shape[1] % 3:
+        raise InputError(f"{where}: {DIRECTIONS} has shape {shape}, expected ({len(atoms)}, 3 K).")
+    arrays = [_numbers(atoms.arrays[key], shape, f"{where}: {key}") for key in (DIRECTIONS, PRODUCTS)]
+    moved, products = (torch.as_tensor(a, dtype=dtype).reshape(len(atoms), -1, 3) for a in arrays)
+    return HessianLabels(moved, products)
 
 
 def _numbers(value: ArrayLike, shape: tuple[int, ...], what: str) -> NDArray[np.float64]:

@@ -1,8 +1,9 @@
-"""Distillation: train a pruned model on its teacher's energies, forces and stresses."""
+"""Distillation: train a pruned model on its teacher's energies, forces, stresses and Hessian."""
 
 from __future__ import annotations
 
 import copy
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -75,7 +76,8 @@ def distil(
         A native model; it is not changed.
     train_frames, valid_frames
         Structures with ``REF_energy`` (eV), ``REF_forces`` (eV/Angstrom) and, where they are periodic,
-        ``REF_stress`` (eV/Angstrom^3).  The validation frames choose the best epoch.
+        ``REF_stress`` (eV/Angstrom^3); with a weight of the Hessian also the arrays that
+        :func:`compactmlip.data.label.label` writes for it.  The validation frames choose the best epoch.
     options
         How to train.
     out_dir
@@ -98,8 +100,10 @@ def distil(
     dtype = checkpoint.DTYPES[options.dtype]
     model = cast(copy.deepcopy(student), dtype).requires_grad_(True)
     spec = model_spec(model)
-    train = Dataset.from_frames(train_frames, spec, dtype, "the training set")
-    valid = Dataset.from_frames(valid_frames, spec, dtype, "the validation set")
+    used = options.hessian_directions if options.hessian_weight else 0
+    every = sys.maxsize if used else 0
+    train = Dataset.from_frames(train_frames, spec, dtype, "the training set", hessian=every)
+    valid = Dataset.from_frames(valid_frames, spec, dtype, "the validation set", hessian=used)
     folder = RunFolder(out_dir, fingerprint(model, (train, valid), options, "distil"))
     state = TrainingState(model, options)
     saved = folder.load()

@@ -60,4 +60,8 @@ class FinetuneOptions(TrainOptions):
     def _one_way(self) -> FinetuneOptions:
         if self.lora_rank is not None and self.freeze:
             raise ValueError("give freeze or lora_rank, not both: low-rank updates freeze all weights")
+        if self.hessian_weight:
+            raise ValueError(
+                "hessian_weight is for distil and retrain: fine-tuning leaves the teacher behind"
+            )
         return self

@@ -149,7 +149,7 @@ class _Run:
         now = self.state.counters
         self.plan, meter = self.shuffled(), self.new_meter()
         while now.batch < len(self.plan) and self.used() < 1:
-            batch = self.train.batch(self.plan[now.batch]).to(self.device)
+            batch = self.with_hessian(self.train.batch(self.plan[now.batch])).to(self.device)
             self.step(batch, learning_rate(self.used(), self.options) * now.lr_factor)
             meter.atoms += batch.num_atoms
             if now.batch % CHECK_EVERY == 0 and not self.look(meter):
@@ -160,6 +160,12 @@ class _Run:
             return self.validate(meter)
         self.next_epoch()
         return True
+
+    def with_hessian(self, batch: LabelledBatch) -> LabelledBatch:
+        """Leave those Hessian labels in a batch that the present step uses."""
+        now, number = self.state.counters, self.options.hessian_directions
+        due = now.steps % self.options.hessian_every == 0
+        return batch.with_hessian(now.epoch * number, number if due else 0)
 
     def next_epoch(self) -> None:
         """Count an epoch."""
@@ -189,7 +195,7 @@ class _Run:
         if not bool(self.state.sums.isfinite().all()):
             return False
         now = self.state.counters
-        loss, rate = sum(self.state.means()[:3]), meter.rate(self.clock())
+        loss, rate = self.state.means()[0], meter.rate(self.clock())
         last = f", valid. {now.history[-1]['valid_loss']:.3g}" if now.history else ""
         self.report(f"epoch {now.epoch + 1}, loss {loss:.3g}{last}, {rate:.0f} atoms/s {self.errors}")
         if self.clock() - self.last_save >= 60 * self.options.checkpoint_minutes:
@@ -205,15 +211,16 @@ class _Run:
         if not math.isfinite(sum(terms)):
             return False
         errors = summarise(found, self.valid)
-        energy, forces, stress, norm = state.means()
+        loss, norm = state.means()
         self.updating = True
         if now.history:
             now.epoch, now.batch = now.epoch + 1, 0
         now.elapsed = self.clock() - self.start
         row = {"epoch": now.epoch, "steps": now.steps, "minutes": round(now.elapsed / 60, 4)}
         row |= {"lr": now.lr, "atoms_per_s": round(rate, 2)}
-        row |= {"loss": energy + forces + stress, "gradient_norm": norm, "valid_loss": sum(terms)}
-        row |= dict(zip(("valid_energy", "valid_forces", "valid_stress"), terms, strict=True))
+        row |= {"loss": loss, "gradient_norm": norm, "valid_loss": sum(terms)}
+        names = ("valid_energy", "valid_forces", "valid_stress", "valid_hessian")
+        row |= dict(zip(names[: len(found.parts)], terms, strict=False))
         now.history.append(row | errors.row())
         if now.best_loss is None or sum(terms) < now.best_loss:
             state.keep_best(sum(terms))

@@ -51,6 +51,12 @@ class TrainOptions(BaseModel):
     energy_delta: float = Field(default=0.02, gt=0, description="eV/atom where the loss turns linear")
     forces_delta: float = Field(default=0.02, gt=0, description="eV/Angstrom where the loss turns linear")
     stress_delta: float = Field(default=0.001, gt=0, description="eV/Angstrom^3 where the loss turns linear")
+    hessian_weight: float = Field(default=0.0, ge=0, description="weight of the Hessian products; 0 for none")
+    hessian_delta: float = Field(default=0.2, gt=0, description="eV/Angstrom^2 where the loss turns linear")
+    hessian_directions: int = Field(
+        default=1, ge=1, description="labelled directions used in a step; others follow in later epochs"
+    )
+    hessian_every: int = Field(default=1, ge=1, description="steps from one use of the Hessian to the next")
 
     checkpoint_minutes: float = Field(default=5.0, ge=0, description="minutes between resume files")
     retries: int = Field(default=3, ge=0, description="halvings of the learning rate after NaN or infinity")
@@ -61,7 +67,7 @@ class TrainOptions(BaseModel):
     def _has_budget(self) -> TrainOptions:
         if self.max_epochs is None and self.max_minutes is None:
             raise ValueError("training needs an end: give max_epochs, max_minutes or both")
-        if self.energy_weight == self.forces_weight == self.stress_weight == 0:
+        if self.energy_weight == self.forces_weight == self.stress_weight == self.hessian_weight == 0:
             raise ValueError("all weights are zero: there is nothing to train on")
         return self
 

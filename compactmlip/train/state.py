@@ -30,7 +30,7 @@ from compactmlip.train.loss import LossTerms
 from compactmlip.train.options import BOOKKEEPING, TrainOptions
 
 STATE_FILE, HISTORY_FILE = "last.state.safetensors", "history.csv"
-HEADER_KEY, STATE_VERSION = "compactmlip_training", 1
+HEADER_KEY, STATE_VERSION = "compactmlip_training", 2
 
 
 @dataclass
@@ -75,7 +75,7 @@ class TrainingState:
     counters
         See :class:`Counters`.
     sums
-        (5,) loss terms, gradient norm and one, added up over the steps since the last validation.
+        (6,) loss terms, gradient norm and one, added up over the steps since the last validation.
     """
 
     def __init__(self, model: nn.Module, options: TrainOptions) -> None:
@@ -90,7 +90,7 @@ class TrainingState:
             foreach=True,
         )
         self.counters = Counters()
-        self.sums = torch.zeros(5, dtype=torch.float64, device=next(model.parameters()).device)
+        self.sums = torch.zeros(6, dtype=torch.float64, device=next(model.parameters()).device)
 
     def add(self, terms: LossTerms, gradient_norm: Tensor, lr: float) -> None:
         """Count one finished step."""
@@ -100,11 +100,10 @@ class TrainingState:
         self.counters.steps += 1
         self.counters.lr = lr
 
-    def means(self) -> tuple[float, float, float, float]:
-        """Loss terms (energy, forces, stress) and gradient norm, averaged since the last validation."""
-        *sums, count = self.sums.tolist()
-        energy, forces, stress, norm = (s / count if count else math.nan for s in sums)
-        return energy, forces, stress, norm
+    def means(self) -> tuple[float, float]:
+        """Loss and gradient norm, averaged since the last validation."""
+        *terms, norm, count = self.sums.tolist()
+        return (sum(terms) / count, norm / count) if count else (math.nan, math.nan)
 
     def forget_means(self) -> None:
         """Begin new averages."""
@@ -245,6 +244,7 @@ def fingerprint(model: nn.Module, datasets: Sequence[Dataset], options: TrainOpt
             graph = (s.graph.species, s.graph.centers, s.graph.neighbors, s.graph.vectors, s.graph.volumes)
             tensors += [*graph, s.energies, s.forces, s.stresses]
             tensors += [t for t in (s.with_forces, s.weights) if t is not None]
+            tensors += [] if s.hessian is None else [s.hessian.directions, s.hessian.products]
     for tensor in tensors:
         digest.update(str(tuple(tensor.shape)).encode())
         digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
