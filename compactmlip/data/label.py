@@ -202,8 +202,8 @@ def _resume(partial: Path, run: str, overwrite: bool) -> int:
     if frames and f"{RUN}={run}".encode() not in lines[1].split():
         if not overwrite:
             raise InputError(
-                f"{partial} is the unfinished work of another model, other structures or other options; finish "
-                "that run first, delete the file, or ask to overwrite it."
+                f"{partial} is the unfinished work of another model, other structures or other options; "
+                "finish that run first, delete the file, or ask to overwrite it."
             )
         frames = size = 0
     os.truncate(partial, size)

@@ -289,11 +289,11 @@ def _labelled(
 
 def _hessian(atoms: Atoms, dtype: torch.dtype, where: str) -> HessianLabels:
     """Hessian labels of one frame."""
-    if DIRECTIONS not in atoms.arrays or PRODUCTS not in atoms.arrays:
+    missing = [key for key in (DIRECTIONS, PRODUCTS) if key not in atoms.arrays]
+    if missing:
         raise InputError(
-            f"{where} has no {DIRECTIONS if DIRECTIONS not in atoms.arrays else PRODUCTS}, which training with "
-            "a weight of the Hessian needs. Label the frames with 'compactmlip label --hessian 4', or leave "
-            "the weight out."
+            f"{where} has no {missing[0]}, which training with a weight of the Hessian needs. Label "
+            "the frames with 'compactmlip label --hessian 4', or leave the weight out."
         )
     shape = np.shape(atoms.arrays[DIRECTIONS])
     if len(shape) != 2 or shape[1] == 0 or shape[1] % 3:
