@@ -1,6 +1,6 @@
 """Does training on Hessian products give better phonons, at equal time?
 
-Per material: sample structures, label them with the teacher (energies, forces, stresses and Hessian products),
+Per material: sample structures, label them with the teacher (energies, forces, stresses, Hessian products),
 cut the teacher with compensation, and train the same start for the same wall-clock time without the Hessian
 and with each of some weights.  Prints errors on held-out structures and, with phonopy, of phonon frequencies
 over the Brillouin zone, each model at its own minimum.
@@ -140,13 +140,15 @@ def main() -> None:
         plain, more = case.label_seconds
         notes.append(
             f"{name}: {len(case.train)} training, {len(case.valid)} validation and {len(case.test)} test "
-            f"structures; labelling took {plain:.0f} s without and {more:.0f} s with {options.directions} Hessian "
-            f"products each; {num_parameters(case.teacher)} -> {num_parameters(case.start)} parameters."
+            f"structures; labelling took {plain:.0f} s without and {more:.0f} s with {options.directions} "
+            f"Hessian products each; {num_parameters(case.start)} of {num_parameters(case.teacher)} "
+            "parameters left."
         )
         rows.append([name, "before training", "-", 0, 0, *measured(case, case.start)])
         # Seeds outermost: a change of the machine's speed meets all kinds of training alike.
         rows += [trained(case, w, n, seed, options.minutes) for seed in options.seeds for w, n in runs]
-    text = header("Hessian distillation at equal time", f"python {' '.join(sys.argv)}")
+    how = f"--minutes {options.minutes:g} --frames {options.frames} --directions {options.directions}"
+    text = header("Hessian distillation at equal time", f"python benchmarks/hessian.py {how}")
     note = f"\n{options.minutes:g} minutes of training each; {options.teacher} -> {options.to}.\n\n"
     report(text + note + "\n".join(notes) + "\n\n" + table(COLUMNS, rows), options.output)
 

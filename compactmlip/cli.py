@@ -247,6 +247,7 @@ def distil(
     from compactmlip.data.read import read_labelled
     from compactmlip.deploy.archive import usable_device
     from compactmlip.train.distil import DistilOptions, distil as run
+    from compactmlip.train.ranks import current_ranks, own_device
 
     if minutes is not None and epochs is None:
         settings = ["max_epochs=null", *(settings or [])]
@@ -257,12 +258,15 @@ def distil(
     frames = [read_labelled(path, **keys) for path in (train, valid)]
     path = output or Path("distilled.safetensors")
     folder = path.with_suffix(".training")
-    model = checkpoint.load(student).to(usable_device(device))
+    model = checkpoint.load(student).to(usable_device(own_device(device)))
     result = run(model, frames[0], frames[1], options, folder, not as_json)
+    if not current_ranks().first:
+        return
     checkpoint.save(result.model, path)
     print_result(as_json, f"wrote {path}: {result.errors} on {valid}", output=path, **result.errors.row())
 
 
+app.command()(cli_train.retrain)
 app.command()(cli_train.finetune)
 app.command("compile")(cli_deploy.compile_)
 app.command()(cli_deploy.verify)

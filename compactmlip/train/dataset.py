@@ -15,6 +15,7 @@ from torch import Tensor
 from compactmlip.data.graph import GraphBatch, build_graph, collate
 from compactmlip.data.hessian import DIRECTIONS, PRODUCTS
 from compactmlip.data.read import ENERGY, FORCES, STRESS
+from compactmlip.data.subset import choose_per_group
 from compactmlip.errors import InputError
 from compactmlip.spec import ModelSpec
 
@@ -105,6 +106,19 @@ class LabelledBatch:
 
 
 @dataclass(frozen=True)
+class Draw:
+    """Random part of each group that an epoch uses; see :func:`compactmlip.data.subset.choose_per_group`."""
+
+    groups: tuple[str, ...]
+    number: int | None
+    share: float | None
+
+    def epoch(self, seed: Sequence[int]) -> NDArray[np.int64]:
+        """Indices of the frames of an epoch."""
+        return np.array(choose_per_group(self.groups, self.number, self.share, seed), dtype=np.int64)
+
+
+@dataclass(frozen=True)
 class Dataset:
     """Labelled structures in memory, one :class:`LabelledBatch` each.
 
@@ -114,10 +128,13 @@ class Dataset:
         One entry per frame.
     species
         Chemical symbols that the species indices mean.
+    draw
+        Which structures shuffled batches take; None for all of them.
     """
 
     structures: tuple[LabelledBatch, ...]
     species: tuple[str, ...]
+    draw: Draw | None = None
 
     @classmethod
     def from_frames(
@@ -200,10 +217,12 @@ class Dataset:
         max_atoms, max_edges
             A batch has no more, unless a single structure has.
         seed
-            Shuffle the structures with this seed; None keeps their order.
+            Shuffle the structures with this seed, and draw those of an epoch; None takes all in order.
         """
-        count = len(self.structures)
-        order = np.arange(count) if seed is None else np.random.default_rng(seed).permutation(count)
+        order = np.arange(len(self.structures))
+        if seed is not None:
+            drawn = order if self.draw is None else self.draw.epoch(seed)
+            order = np.random.default_rng(seed).permutation(drawn)
         starts, atoms, edges = [0], 0, 0
         for position, k in enumerate(order):
             graph = self.structures[k].graph
@@ -211,7 +230,7 @@ class Dataset:
             if position > starts[-1] and (atoms > max_atoms or edges > max_edges):
                 starts.append(position)
                 atoms, edges = len(graph.species), len(graph.centers)
-        return [order[a:b] for a, b in pairwise([*starts, count])]
+        return [order[a:b] for a, b in pairwise([*starts, len(order)])]
 
     def batch(self, indices: Sequence[int] | NDArray[np.int64]) -> LabelledBatch:
         """Join some structures."""

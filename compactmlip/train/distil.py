@@ -20,6 +20,7 @@ from compactmlip.train.dataset import Dataset
 from compactmlip.train.loop import fit
 from compactmlip.train.metrics import Errors, evaluate
 from compactmlip.train.options import TrainOptions
+from compactmlip.train.ranks import current_ranks
 from compactmlip.train.state import RunFolder, TrainingState, fingerprint
 
 BEST_FILE = "best.safetensors"
@@ -68,7 +69,8 @@ def distil(
 
     Writes into ``out_dir``: ``history.csv``, the resume file and, at the end, ``best.safetensors``.
     Called again with the same arguments after an interruption, it continues; after the end it
-    returns the result at once.
+    returns the result at once.  Processes that ``torchrun`` started share the work, and each returns the
+    result.
 
     Parameters
     ----------
@@ -106,7 +108,7 @@ def distil(
     valid = Dataset.from_frames(valid_frames, spec, dtype, "the validation set", hessian=used)
     folder = RunFolder(out_dir, fingerprint(model, (train, valid), options, "distil"))
     state = TrainingState(model, options)
-    saved = folder.load()
+    saved = current_ranks().from_first(folder.load)
     if saved is not None:
         state.restore(saved)
     fit(state, train, valid, options, folder, title="distil", progress=progress, clock=clock)
@@ -122,7 +124,8 @@ def _finish(
     best = best_model(state)
     errors = evaluate(best, valid)
     record_training(best, "distil", state, options, len(train.structures), len(valid.structures), errors)
-    checkpoint.save(best, folder.path / BEST_FILE)
+    if current_ranks().first:
+        checkpoint.save(best, folder.path / BEST_FILE)
     return DistilResult(best, counters.history, counters.best_epoch, counters.stopped, errors)
 
 

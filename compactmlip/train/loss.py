@@ -126,7 +126,7 @@ def joined(parts: Sequence[Residuals]) -> Residuals:
     )
 
 
-def loss_terms(errors: Residuals, options: TrainOptions) -> LossTerms:
+def loss_terms(errors: Residuals, options: TrainOptions, numbers: Sequence[int] | None = None) -> LossTerms:
     """Weighted losses of a batch.
 
     Each error x enters as h(x / delta).  With ``loss="huber"``, h(u) = u^2 / 2 for abs(u) < 1 and
@@ -135,7 +135,8 @@ def loss_terms(errors: Residuals, options: TrainOptions) -> LossTerms:
     and 0.1 delta where the label is above 100, 200 and 300 eV/Angstrom (Batatia et al.,
     arXiv:2401.00096).  "mse" is u^2 / 2 everywhere.  Energies are averaged over structures, forces, stresses
     and Hessian products over components; a structure's own weights multiply its part of these sums, that of
-    its forces also its Hessian.
+    its forces also its Hessian.  Where the batch is a part of a larger one, ``numbers`` are the larger one's
+    (:func:`number_of_entries`), and the terms of all parts add up to its own.
     """
 
     def term(k: int, x: Tensor, delta: float, weight: float) -> Tensor:
@@ -143,7 +144,7 @@ def loss_terms(errors: Residuals, options: TrainOptions) -> LossTerms:
             return 0.0 * x.sum().to(torch.float64)
         unit = x / delta
         universal = k == 1 and options.loss == "universal" and errors.sizes is not None
-        if options.loss == "huber" and errors.weights is None:
+        if options.loss == "huber" and errors.weights is None and numbers is None:
             return weight * huber_loss(unit, torch.zeros_like(unit)).to(torch.float64)
         if options.loss == "mse":
             each = 0.5 * unit.square()
@@ -154,7 +155,7 @@ def loss_terms(errors: Residuals, options: TrainOptions) -> LossTerms:
         each = each.to(torch.float64)
         if errors.weights is not None:
             each = each.reshape(len(each), -1) * errors.weights[k][:, None]
-        return weight * each.mean()
+        return weight * (each.mean() if numbers is None else each.sum() / numbers[k])
 
     return LossTerms(
         term(0, errors.energies, options.energy_delta, options.energy_weight),
@@ -164,6 +165,12 @@ def loss_terms(errors: Residuals, options: TrainOptions) -> LossTerms:
         if errors.hessians is None
         else term(3, errors.hessians, options.hessian_delta, options.hessian_weight),
     )
+
+
+def number_of_entries(batch: LabelledBatch) -> tuple[int, int, int, int]:
+    """Numbers of labels (energies, components of forces, stresses and Hessian products) in a batch."""
+    hessian = 0 if batch.hessian is None else batch.hessian.products.numel()
+    return len(batch.energies), batch.forces.numel(), batch.stresses.numel(), hessian
 
 
 def _huber(x: Tensor, delta: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from compactmlip.train.dataset import Dataset
 from compactmlip.train.loss import Residuals, joined, residuals
+from compactmlip.train.ranks import Ranks
 
 EVALUATION_ATOMS, EVALUATION_EDGES = 64, 2000
 """Batch size of evaluations; small enough for the cache."""
@@ -85,19 +86,22 @@ def dataset_residuals(
     max_atoms: int = EVALUATION_ATOMS,
     max_edges: int = EVALUATION_EDGES,
     on_batch: Callable[[int], None] | None = None,
+    ranks: Ranks | None = None,
 ) -> Residuals:
     """Model minus label on all structures, in their order.
 
-    ``on_batch`` is called with the number of atoms of each finished batch.
+    ``on_batch`` is called with the number of atoms of each finished batch.  ``ranks`` share the work.
     """
-    device = next(model.parameters()).device
-    parts: list[Residuals] = []
-    for indices in dataset.batches(max_atoms, max_edges):
+    device, ranks = next(model.parameters()).device, ranks or Ranks()
+    parts: dict[int, Residuals] = {}
+    batches = dataset.batches(max_atoms, max_edges)
+    for k in range(ranks.rank, len(batches), ranks.size):
+        indices = batches[k]
         found = residuals(model, dataset.batch(indices).to(device))
-        parts.append(found)
+        parts[k] = found if ranks.size == 1 else joined([found])
         if on_batch is not None:
             on_batch(sum(dataset.structures[k].num_atoms for k in indices))
-    return joined(parts)
+    return joined(list(ranks.collect(parts).values()))
 
 
 def summarise(found: Residuals, dataset: Dataset) -> Errors:
