@@ -190,6 +190,12 @@ def label(
     structures: Structures,
     teacher: Teacher = "7net-l3i5",
     output: Output = None,
+    hessian: Annotated[
+        int, typer.Option(help="Random directions per structure along which the Hessian is labelled too.")
+    ] = 0,
+    keep_labels: Annotated[
+        bool, typer.Option("--keep-labels", help="With --hessian: keep the energies and forces of the file.")
+    ] = False,
     modality: Modality = None,
     accept_licence: AcceptLicence = None,
     device: Device = "cpu",
@@ -197,12 +203,14 @@ def label(
 ) -> None:
     """Compute teacher energies, forces and stresses; continues after an interruption."""
     from compactmlip.data.label import label as run
-    from compactmlip.data.read import read_structures
+    from compactmlip.data.read import read_labelled, read_structures
 
     frames = read_structures(structures)
+    if keep_labels:
+        frames = [a for file in structures for a in read_labelled(file)]
     path = output or Path("labelled.xyz")
     loaded = load_for(teacher, species_of(frames), modality, accept_licence, device, not as_json)
-    done = run(frames, loaded, path, progress=not as_json)
+    done = run(frames, loaded, path, hessian=hessian, keep_labels=keep_labels, progress=not as_json)
     print_result(
         as_json, f"wrote {len(done)} labelled structures to {path}", output=path, structures=len(done)
     )
@@ -221,6 +229,9 @@ def distil(
     output: Output = None,
     minutes: Annotated[float | None, typer.Option(help="Wall-clock budget.")] = None,
     epochs: Annotated[int | None, typer.Option(help="Passes over the training structures.")] = None,
+    hessian: Annotated[
+        float | None, typer.Option(help="Weight of the Hessian; needs structures of 'label --hessian'.")
+    ] = None,
     energy_key: Keys = None,
     forces_key: Keys = None,
     stress_key: Keys = None,
@@ -236,23 +247,26 @@ def distil(
     from compactmlip.data.read import read_labelled
     from compactmlip.deploy.archive import usable_device
     from compactmlip.train.distil import DistilOptions, distil as run
+    from compactmlip.train.ranks import current_ranks, own_device
 
     if minutes is not None and epochs is None:
         settings = ["max_epochs=null", *(settings or [])]
-    options = resolve(
-        DistilOptions, config, settings or [], max_minutes=minutes, max_epochs=epochs, seed=seed
-    )
+    given: dict[str, Any] = {"max_minutes": minutes, "max_epochs": epochs, "hessian_weight": hessian}
+    options = resolve(DistilOptions, config, settings or [], seed=seed, **given)
     names = {"energy_key": energy_key, "forces_key": forces_key, "stress_key": stress_key}
     keys: dict[str, Any] = {k: v for k, v in names.items() if v is not None}
     frames = [read_labelled(path, **keys) for path in (train, valid)]
     path = output or Path("distilled.safetensors")
     folder = path.with_suffix(".training")
-    model = checkpoint.load(student).to(usable_device(device))
+    model = checkpoint.load(student).to(usable_device(own_device(device)))
     result = run(model, frames[0], frames[1], options, folder, not as_json)
+    if not current_ranks().first:
+        return
     checkpoint.save(result.model, path)
     print_result(as_json, f"wrote {path}: {result.errors} on {valid}", output=path, **result.errors.row())
 
 
+app.command()(cli_train.retrain)
 app.command()(cli_train.finetune)
 app.command("compile")(cli_deploy.compile_)
 app.command()(cli_deploy.verify)

@@ -77,6 +77,7 @@ def finetune(
     from compactmlip.config import resolve
     from compactmlip.finetune import FinetuneFiles, finetune_files
     from compactmlip.train.finetune_options import FinetuneOptions
+    from compactmlip.train.ranks import current_ranks, own_device
 
     given: dict[str, Any] = {
         "max_minutes": minutes,
@@ -102,7 +103,7 @@ def finetune(
     if minutes is not None and epochs is None:
         settings = ["max_epochs=null", *(settings or [])]
     options = resolve(FinetuneOptions, config, settings or [], **given)
-    folder = output or Path("compactmlip-finetuned")
+    folder, first = output or Path("compactmlip-finetuned"), current_ranks().first
     summary = finetune_files(
         model,
         FinetuneFiles(train, valid or (), test or (), replay or ()),
@@ -110,11 +111,99 @@ def finetune(
         folder,
         modality=modality,
         accept_licence=accept_licence,
-        device=device,
-        progress=not as_json,
-        say=lambda text: print(text, file=sys.stderr if as_json else sys.stdout, flush=True),
+        device=own_device(device),
+        progress=not as_json and first,
+        say=lambda text: _say(text, as_json) if first else None,
     )
-    _print(summary, folder, as_json)
+    if first:
+        _print(summary, folder, as_json)
+
+
+def retrain(
+    model: Annotated[str, typer.Argument(help="Checkpoint of the pruned model.")],
+    train: _Labelled,
+    valid: Annotated[_Some, typer.Option(help="Validation set; else part of --train is held out.")] = None,
+    test: Annotated[_Some, typer.Option(help="Test set; its errors are written, nothing else.")] = None,
+    output: Output = None,
+    preset: Annotated[
+        str | None,
+        typer.Option(help="Published settings: mace-mp, mace-off or sevennet; other options override them."),
+    ] = None,
+    per_group: Annotated[
+        int | None, typer.Option(help="Random training structures of each material at most.")
+    ] = None,
+    group_share: Annotated[
+        float | None, typer.Option(help="Or a random share of each material's, for instance 0.25.")
+    ] = None,
+    group_key: Annotated[
+        str | None, typer.Option(help="info key that names the material, for instance mp_id.")
+    ] = None,
+    resample: Annotated[
+        bool | None, typer.Option("--resample", help="Draw these structures anew in each epoch.")
+    ] = None,
+    minutes: Annotated[float | None, typer.Option(help="Wall-clock budget of the training.")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Passes over the training structures.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
+    hessian: Annotated[
+        float | None, typer.Option(help="Weight of the teacher's Hessian; needs 'label --hessian'.")
+    ] = None,
+    energy_key: Keys = None,
+    forces_key: Keys = None,
+    stress_key: Keys = None,
+    virials_key: Keys = None,
+    accept: Annotated[list[str] | None, typer.Option(help="Finding about the data to go on with.")] = None,
+    drop: Annotated[list[str] | None, typer.Option(help="Finding whose frames are left out.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32 or float64.")] = None,
+    device: Device = "cpu",
+    seed: Seed = None,
+    config: Config = None,
+    settings: Settings = None,
+    as_json: AsJSON = False,
+) -> None:
+    """Train a pruned model on data of its first training; continues after an interruption."""
+    from compactmlip.config import resolve
+    from compactmlip.finetune import FinetuneFiles, finetune_files
+    from compactmlip.train.ranks import current_ranks, own_device
+    from compactmlip.train.retrain import RetrainOptions
+
+    given: dict[str, Any] = {
+        "preset": preset,
+        "per_group": per_group,
+        "group_share": group_share,
+        "group_key": group_key,
+        "resample": resample,
+        "max_minutes": minutes,
+        "max_epochs": epochs,
+        "lr": lr,
+        "hessian_weight": hessian,
+        "labels__energy_key": energy_key,
+        "labels__forces_key": forces_key,
+        "labels__stress_key": stress_key,
+        "labels__virials_key": virials_key,
+        "accept": accept or None,
+        "drop": drop or None,
+        "dtype": dtype,
+        "seed": seed,
+    }
+    if minutes is not None and epochs is None:
+        settings = ["max_epochs=null", *(settings or [])]
+    options = resolve(RetrainOptions, config, settings or [], **given)
+    folder, first = output or Path("compactmlip-retrained"), current_ranks().first
+    summary = finetune_files(
+        model,
+        FinetuneFiles(train, valid or (), test or ()),
+        options,
+        folder,
+        device=own_device(device),
+        progress=not as_json and first,
+        say=lambda text: _say(text, as_json) if first else None,
+    )
+    if first:
+        _print(summary, folder, as_json, "summary.json")
+
+
+def _say(text: str, as_json: bool) -> None:
+    print(text, file=sys.stderr if as_json else sys.stdout, flush=True)
 
 
 def _energies(text: str | None) -> Any:
@@ -127,9 +216,9 @@ def _energies(text: str | None) -> Any:
         raise InputError(f"--e0 {text}: expected energies such as Si=-0.8,O=-1.5 (eV).") from None
 
 
-def _print(summary: dict[str, Any], folder: Path, as_json: bool) -> None:
+def _print(summary: dict[str, Any], folder: Path, as_json: bool, report: str = "report.html") -> None:
     lines = []
-    values: dict[str, Any] = {"output": folder / "model.safetensors", "report": folder / "report.html"}
+    values: dict[str, Any] = {"output": folder / "model.safetensors", "report": folder / report}
     for name, errors in summary["sets"].items():
         before, after = errors["before"], errors["after"]
         lines.append(

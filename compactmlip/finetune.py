@@ -1,4 +1,4 @@
-"""Fine-tune from files: read and check labels, train, and write the model with a report into one folder."""
+"""Fine-tune or retrain from files: read and check labels, train, and write model and report into a folder."""
 
 from __future__ import annotations
 
@@ -18,12 +18,14 @@ from compactmlip.data.holdout import hold_out
 from compactmlip.data.inspect import check_species, inspect_sets, settle
 from compactmlip.data.label_keys import LabelledSet, read_set
 from compactmlip.data.read import read_structures, split_isolated_atoms, write_labelled
+from compactmlip.data.subset import choose_per_group, group_names
 from compactmlip.deploy.archive import usable_device
 from compactmlip.errors import InputError
 from compactmlip.families import load_model
 from compactmlip.models import model_spec
 from compactmlip.train.finetune import FinetuneData, FinetuneResult, finetune
 from compactmlip.train.finetune_options import FinetuneOptions
+from compactmlip.train.ranks import current_ranks
 from compactmlip.train.state import make_folder
 from compactmlip.validate.report.finetuning import build_finetune_report
 
@@ -66,11 +68,11 @@ def finetune_files(
     progress: bool = True,
     say: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
-    """Fine-tune a model on labelled files.
+    """Fine-tune or retrain a model on labelled files.
 
-    The folder then holds ``model.safetensors``, ``report.html``, ``summary.json``, ``history.csv``,
-    ``config.yaml`` and, if it was held out here, ``valid.xyz``.  A run that was interrupted goes on with the
-    same arguments.
+    The folder then holds ``model.safetensors``, ``report.html`` (of a fine-tuning), ``summary.json``,
+    ``history.csv``, ``config.yaml`` and, if it was held out here, ``valid.xyz``.  A run that was interrupted
+    goes on with the same arguments.
 
     Parameters
     ----------
@@ -79,7 +81,7 @@ def finetune_files(
     files
         The data.
     options
-        How to train.
+        How to train; :class:`compactmlip.train.retrain.RetrainOptions` to retrain.
     out_dir
         Folder.
     modality, accept_licence
@@ -114,18 +116,21 @@ def finetune_files(
     for note in notes:
         say(f"note: {note}")
     say(f"validation: {split}")
-    out = Path(out_dir)
+    out, first = Path(out_dir), current_ranks().first
     make_folder(out)
-    if not files.valid:
+    if first and not files.valid:
         write_labelled(out / "valid.xyz", data.valid)
-    config = yaml.safe_dump(options.model_dump(mode="json"), sort_keys=False)
-    checkpoint.atomic_write_text(out / CONFIG_FILE, config)
+    if first:
+        config = yaml.safe_dump(options.model_dump(mode="json"), sort_keys=False)
+        checkpoint.atomic_write_text(out / CONFIG_FILE, config)
     result = finetune(parent.to(usable_device(device)), data, options, out, progress, say=say)
     summary = _summary(result, str(model), read, split, notes, options)
     summary["parent_provenance"] = model_spec(parent).provenance.model_dump(mode="json")
     summary["minutes_of_this_part"] = round((time.monotonic() - began) / 60, 3)
-    report = build_finetune_report(summary)
-    checkpoint.atomic_write_text(out / REPORT_FILE, report)
+    if not first:
+        return summary
+    if options.action == FinetuneOptions.action:
+        checkpoint.atomic_write_text(out / REPORT_FILE, build_finetune_report(summary))
     text = json.dumps(summary, indent=1)
     checkpoint.atomic_write_text(out / SUMMARY_FILE, text)
     return summary
@@ -147,10 +152,23 @@ def _prepare(
     if not files.valid:
         held = hold_out(train, options.valid_fraction, options.seed, options.split, options.group_key)
         valid, train, split = [train[k] for k in held.valid], [train[k] for k in held.train], held.how
+    if options.group_key is not None and (options.per_group or options.group_share):
+        train, note = _subset(train, options, options.group_key)
+        notes = [*notes, note]
     replay = read_structures(list(files.replay)) if files.replay else []
     if replay:
         check_species({"replay": replay}, spec, spec.provenance.name)
     return FinetuneData(train, valid, test, isolated, replay), split, notes
+
+
+def _subset(train: list[Atoms], options: FinetuneOptions, key: str) -> tuple[list[Atoms], str]:
+    """Part of each material that is trained on, and what was done."""
+    names = group_names(train, key)
+    chosen = choose_per_group(names, options.per_group, options.group_share, [options.seed])
+    how = f"{len(chosen)} of {len(train)} training frames, of {len(set(names))} different '{key}'"
+    if options.resample:
+        return train, f"each epoch draws {how}"
+    return [train[k] for k in chosen], f"trained on {how}"
 
 
 def _summary(

@@ -262,12 +262,32 @@ def energy_and_derivatives(
     create_graph
         Keep the graph so that forces and stresses can be differentiated (training).
     """
+    _, node_energies, gradient = edge_gradient(node_energy, batch, create_graph=create_graph)
+    return derivatives(batch, node_energies if create_graph else node_energies.detach(), gradient)
+
+
+def edge_gradient(
+    node_energy: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor],
+    batch: GraphBatch,
+    *,
+    create_graph: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return edge vectors (E, 3) of a new graph, energies (N,) and the derivative of their sum (E, 3).
+
+    Arguments are those of :func:`energy_and_derivatives`.
+    """
     vectors = batch.vectors.detach().requires_grad_()
     with torch.enable_grad():
         node_energies = node_energy(batch.species, batch.centers, batch.neighbors, vectors)
         total = node_energies.sum()
         (gradient,) = torch.autograd.grad(total, vectors, create_graph=create_graph)
-    return derivatives(batch, node_energies if create_graph else node_energies.detach(), gradient)
+    return vectors, node_energies, gradient
+
+
+def on_atoms(batch: GraphBatch, gradient: Tensor) -> Tensor:
+    """Forces (N, 3) of an energy with this derivative (E, 3) with respect to the edge vectors."""
+    forces = gradient.new_zeros(len(batch.species), 3)
+    return forces.index_add(0, batch.centers, gradient).index_add(0, batch.neighbors, -gradient)
 
 
 def derivatives(batch: GraphBatch, node_energies: Tensor, gradient: Tensor) -> Derivatives:
@@ -283,8 +303,7 @@ def derivatives(batch: GraphBatch, node_energies: Tensor, gradient: Tensor) -> D
         (E, 3) derivative of their sum with respect to the edge vectors, eV/Angstrom.
     """
     num_structures = len(batch.num_atoms)
-    forces = gradient.new_zeros(len(batch.species), 3)
-    forces = forces.index_add(0, batch.centers, gradient).index_add(0, batch.neighbors, -gradient)
+    forces = on_atoms(batch, gradient)
     edge_virial = (batch.vectors.unsqueeze(-1) * gradient.unsqueeze(-2)).flatten(1)
     virial = gradient.new_zeros(num_structures, 9)
     virial = virial.index_add(0, batch.structure[batch.centers], edge_virial).unflatten(1, (3, 3))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ from compactmlip.data.graph import (
     collate,
     energy_and_derivatives,
 )
+from compactmlip.data.hessian import best_method, random_directions
 from compactmlip.errors import CompactMLIPError, InputError, SpeciesError, UnsupportedFeatureError
 from compactmlip.models import model_dtype, model_spec
 from compactmlip.spec import ModelSpec
@@ -37,11 +38,15 @@ class Evaluation:
         (N, 3) eV/Angstrom.
     stress
         (3, 3) eV/Angstrom^3; NaN where there is no periodic cell.
+    directions, products
+        (N, K, 3) displacements and the Hessian times each, eV/Angstrom^2; None if they were not asked for.
     """
 
     energies: np.ndarray
     forces: np.ndarray
     stress: np.ndarray
+    directions: np.ndarray | None = None
+    products: np.ndarray | None = None
 
     @property
     def energy(self) -> float:
@@ -111,6 +116,35 @@ def evaluate(
                     "structure may be far from anything it knows, or its precision too low (try float64)."
                 )
         yield indices, [Evaluation(*row) for row in zip(energies, forces, stresses, strict=True)]
+
+
+def evaluate_hessian(
+    frames: Sequence[Atoms], model: nn.Module, number: int, max_edges: int = MAX_EDGES, *, start: int = 0
+) -> Iterator[tuple[range, list[Evaluation]]]:
+    """As :func:`evaluate`, with ``number`` Hessian products along random directions for each frame.
+
+    Directions depend on the position of the frame in ``frames`` only.
+
+    Raises
+    ------
+    CompactMLIPError
+        If the model returns a number that is not finite, or has no Hessian.
+    """
+    if start >= len(frames):
+        return
+    method = best_method(model, min(frames, key=len))
+    found = evaluate(frames, model, max_edges, start=start)
+    batches = graph_batches(frames, model, max_edges, start=start)
+    for (indices, results), (_, batch) in zip(found, batches, strict=True):
+        directions = [random_directions(len(frames[k]), number, [k]) for k in indices]
+        moved = torch.as_tensor(np.concatenate(directions), device=batch.vectors.device)
+        products = method(batch, moved).cpu().double().numpy()
+        if not np.isfinite(products).all():
+            where = f"frames {indices[0]} to {indices[-1]}" if len(indices) > 1 else f"frame {indices[0]}"
+            raise CompactMLIPError(f"the model returns a Hessian that is not finite for {where}.")
+        parts = np.split(products, np.cumsum([len(d) for d in directions])[:-1])
+        rows = zip(results, directions, parts, strict=True)
+        yield indices, [replace(e, directions=d, products=p) for e, d, p in rows]
 
 
 def scalar_features(

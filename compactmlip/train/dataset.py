@@ -13,12 +13,28 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from compactmlip.data.graph import GraphBatch, build_graph, collate
+from compactmlip.data.hessian import DIRECTIONS, PRODUCTS
 from compactmlip.data.read import ENERGY, FORCES, STRESS
+from compactmlip.data.subset import choose_per_group
 from compactmlip.errors import InputError
 from compactmlip.spec import ModelSpec
 
 VOIGT = ((0, 1, 2, 1, 0, 0), (0, 1, 2, 2, 2, 1))
 """Rows and columns of the components xx yy zz yz xz xy."""
+
+
+@dataclass(frozen=True)
+class HessianLabels:
+    """Displacements (N, K, 3) and the teacher's Hessian times each, (N, K, 3) eV/Angstrom^2."""
+
+    directions: Tensor
+    products: Tensor
+
+    def some(self, start: int, number: int) -> HessianLabels:
+        """``number`` directions from the one numbered ``start`` on, in a circle."""
+        count = self.directions.shape[1]
+        chosen = [(start + k) % count for k in range(min(number, count))]
+        return HessianLabels(self.directions[:, chosen], self.products[:, chosen])
 
 
 @dataclass(frozen=True)
@@ -42,6 +58,8 @@ class LabelledBatch:
         (M,) indices of the atoms that have force labels; None if all have.
     weights
         (S, 3) weights of each structure's energy, forces and stress in the loss; None if all are one.
+    hessian
+        Labels of the Hessian; None if they are not used.
     """
 
     graph: GraphBatch
@@ -51,6 +69,7 @@ class LabelledBatch:
     with_stress: Tensor
     with_forces: Tensor | None = None
     weights: Tensor | None = None
+    hessian: HessianLabels | None = None
 
     def to(self, device: torch.device) -> LabelledBatch:
         """Return a copy on a device."""
@@ -62,7 +81,16 @@ class LabelledBatch:
             self.with_stress.to(device),
             None if self.with_forces is None else self.with_forces.to(device),
             None if self.weights is None else self.weights.to(device),
+            None
+            if self.hessian is None
+            else HessianLabels(self.hessian.directions.to(device), self.hessian.products.to(device)),
         )
+
+    def with_hessian(self, start: int, number: int) -> LabelledBatch:
+        """Keep some directions of the Hessian labels, see :meth:`HessianLabels.some`; none for 0."""
+        if self.hessian is None or number == 0:
+            return replace(self, hessian=None)
+        return replace(self, hessian=self.hessian.some(start, number))
 
     @property
     def num_atoms(self) -> int:
@@ -78,6 +106,19 @@ class LabelledBatch:
 
 
 @dataclass(frozen=True)
+class Draw:
+    """Random part of each group that an epoch uses; see :func:`compactmlip.data.subset.choose_per_group`."""
+
+    groups: tuple[str, ...]
+    number: int | None
+    share: float | None
+
+    def epoch(self, seed: Sequence[int]) -> NDArray[np.int64]:
+        """Indices of the frames of an epoch."""
+        return np.array(choose_per_group(self.groups, self.number, self.share, seed), dtype=np.int64)
+
+
+@dataclass(frozen=True)
 class Dataset:
     """Labelled structures in memory, one :class:`LabelledBatch` each.
 
@@ -87,10 +128,13 @@ class Dataset:
         One entry per frame.
     species
         Chemical symbols that the species indices mean.
+    draw
+        Which structures shuffled batches take; None for all of them.
     """
 
     structures: tuple[LabelledBatch, ...]
     species: tuple[str, ...]
+    draw: Draw | None = None
 
     @classmethod
     def from_frames(
@@ -102,6 +146,7 @@ class Dataset:
         *,
         weights: NDArray[np.float64] | None = None,
         need_forces: bool = True,
+        hessian: int = 0,
     ) -> Dataset:
         """Build the graphs of labelled frames.
 
@@ -123,6 +168,9 @@ class Dataset:
             (frames, 3) weights of energy, forces and stress of each frame in the loss.
         need_forces
             Refuse frames without forces; else their energies alone are used.
+        hessian
+            Read so many directions of the Hessian, as ``compactmlip label --hessian`` writes them, or all
+            that there are if these are fewer; 0 reads none.
 
         Raises
         ------
@@ -140,7 +188,13 @@ class Dataset:
             except InputError as error:
                 raise type(error)(f"{where}: {error}") from error
             own = None if weights is None else torch.as_tensor(weights[k : k + 1], dtype=torch.float64)
-            structures.append(replace(_labelled(atoms, graph, dtype, where, need_forces), weights=own))
+            products = _hessian(atoms, dtype, where).some(0, hessian) if hessian else None
+            labelled = _labelled(atoms, graph, dtype, where, need_forces)
+            structures.append(replace(labelled, weights=own, hessian=products))
+        if len({s.hessian.directions.shape[1] for s in structures if s.hessian is not None}) > 1:
+            raise InputError(
+                f"{name} has frames with different numbers of Hessian products; label them in one run."
+            )
         return cls(tuple(structures), spec.species)
 
     @property
@@ -163,10 +217,12 @@ class Dataset:
         max_atoms, max_edges
             A batch has no more, unless a single structure has.
         seed
-            Shuffle the structures with this seed; None keeps their order.
+            Shuffle the structures with this seed, and draw those of an epoch; None takes all in order.
         """
-        count = len(self.structures)
-        order = np.arange(count) if seed is None else np.random.default_rng(seed).permutation(count)
+        order = np.arange(len(self.structures))
+        if seed is not None:
+            drawn = order if self.draw is None else self.draw.epoch(seed)
+            order = np.random.default_rng(seed).permutation(drawn)
         starts, atoms, edges = [0], 0, 0
         for position, k in enumerate(order):
             graph = self.structures[k].graph
@@ -174,7 +230,7 @@ class Dataset:
             if position > starts[-1] and (atoms > max_atoms or edges > max_edges):
                 starts.append(position)
                 atoms, edges = len(graph.species), len(graph.centers)
-        return [order[a:b] for a, b in pairwise([*starts, count])]
+        return [order[a:b] for a, b in pairwise([*starts, len(order)])]
 
     def batch(self, indices: Sequence[int] | NDArray[np.int64]) -> LabelledBatch:
         """Join some structures."""
@@ -187,6 +243,7 @@ class Dataset:
             torch.cat([p.with_stress + k for k, p in enumerate(parts)]),
             _with_forces(parts),
             _weights(parts),
+            _joined_hessian(parts),
         )
 
 
@@ -196,6 +253,14 @@ def _with_forces(parts: Sequence[LabelledBatch]) -> Tensor | None:
         return None
     starts = np.cumsum([0, *(p.num_atoms for p in parts)])
     return torch.cat([p.labelled_atoms + int(a) for p, a in zip(parts, starts, strict=False)])
+
+
+def _joined_hessian(parts: Sequence[LabelledBatch]) -> HessianLabels | None:
+    """Hessian labels of the joined batch."""
+    labels = [p.hessian for p in parts if p.hessian is not None]
+    if len(labels) < len(parts):
+        return None
+    return HessianLabels(torch.cat([h.directions for h in labels]), torch.cat([h.products for h in labels]))
 
 
 def _weights(parts: Sequence[LabelledBatch]) -> Tensor | None:
@@ -239,6 +304,22 @@ def _labelled(
         torch.zeros(len(voigt), dtype=torch.long),
         with_forces,
     )
+
+
+def _hessian(atoms: Atoms, dtype: torch.dtype, where: str) -> HessianLabels:
+    """Hessian labels of one frame."""
+    missing = [key for key in (DIRECTIONS, PRODUCTS) if key not in atoms.arrays]
+    if missing:
+        raise InputError(
+            f"{where} has no {missing[0]}, which training with a weight of the Hessian needs. Label "
+            "the frames with 'compactmlip label --hessian 4', or leave the weight out."
+        )
+    shape = np.shape(atoms.arrays[DIRECTIONS])
+    if len(shape) != 2 or shape[1] == 0 or shape[1] % 3:
+        raise InputError(f"{where}: {DIRECTIONS} has shape {shape}, expected ({len(atoms)}, 3 K).")
+    arrays = [_numbers(atoms.arrays[key], shape, f"{where}: {key}") for key in (DIRECTIONS, PRODUCTS)]
+    moved, products = (torch.as_tensor(a, dtype=dtype).reshape(len(atoms), -1, 3) for a in arrays)
+    return HessianLabels(moved, products)
 
 
 def _numbers(value: ArrayLike, shape: tuple[int, ...], what: str) -> NDArray[np.float64]:

@@ -1,8 +1,9 @@
-"""Distillation: train a pruned model on its teacher's energies, forces and stresses."""
+"""Distillation: train a pruned model on its teacher's energies, forces, stresses and Hessian."""
 
 from __future__ import annotations
 
 import copy
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from compactmlip.train.dataset import Dataset
 from compactmlip.train.loop import fit
 from compactmlip.train.metrics import Errors, evaluate
 from compactmlip.train.options import TrainOptions
+from compactmlip.train.ranks import current_ranks
 from compactmlip.train.state import RunFolder, TrainingState, fingerprint
 
 BEST_FILE = "best.safetensors"
@@ -67,7 +69,8 @@ def distil(
 
     Writes into ``out_dir``: ``history.csv``, the resume file and, at the end, ``best.safetensors``.
     Called again with the same arguments after an interruption, it continues; after the end it
-    returns the result at once.
+    returns the result at once.  Processes that ``torchrun`` started share the work, and each returns the
+    result.
 
     Parameters
     ----------
@@ -75,7 +78,8 @@ def distil(
         A native model; it is not changed.
     train_frames, valid_frames
         Structures with ``REF_energy`` (eV), ``REF_forces`` (eV/Angstrom) and, where they are periodic,
-        ``REF_stress`` (eV/Angstrom^3).  The validation frames choose the best epoch.
+        ``REF_stress`` (eV/Angstrom^3); with a weight of the Hessian also the arrays that
+        :func:`compactmlip.data.label.label` writes for it.  The validation frames choose the best epoch.
     options
         How to train.
     out_dir
@@ -98,11 +102,13 @@ def distil(
     dtype = checkpoint.DTYPES[options.dtype]
     model = cast(copy.deepcopy(student), dtype).requires_grad_(True)
     spec = model_spec(model)
-    train = Dataset.from_frames(train_frames, spec, dtype, "the training set")
-    valid = Dataset.from_frames(valid_frames, spec, dtype, "the validation set")
+    used = options.hessian_directions if options.hessian_weight else 0
+    every = sys.maxsize if used else 0
+    train = Dataset.from_frames(train_frames, spec, dtype, "the training set", hessian=every)
+    valid = Dataset.from_frames(valid_frames, spec, dtype, "the validation set", hessian=used)
     folder = RunFolder(out_dir, fingerprint(model, (train, valid), options, "distil"))
     state = TrainingState(model, options)
-    saved = folder.load()
+    saved = current_ranks().from_first(folder.load)
     if saved is not None:
         state.restore(saved)
     fit(state, train, valid, options, folder, title="distil", progress=progress, clock=clock)
@@ -118,7 +124,8 @@ def _finish(
     best = best_model(state)
     errors = evaluate(best, valid)
     record_training(best, "distil", state, options, len(train.structures), len(valid.structures), errors)
-    checkpoint.save(best, folder.path / BEST_FILE)
+    if current_ranks().first:
+        checkpoint.save(best, folder.path / BEST_FILE)
     return DistilResult(best, counters.history, counters.best_epoch, counters.stopped, errors)
 
 

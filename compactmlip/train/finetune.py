@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import copy
 import json
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -22,17 +23,19 @@ from compactmlip import checkpoint
 from compactmlip.compress.apply import keep_species
 from compactmlip.data.inspect import settle
 from compactmlip.data.label_keys import group_weights
+from compactmlip.data.subset import group_names
 from compactmlip.data.suspect import suspected_energies, suspected_forces, suspected_stresses
 from compactmlip.errors import CheckpointError, InputError
 from compactmlip.models import cast, model_spec, record_step
 from compactmlip.train.breakdown import Row, by_config_type
-from compactmlip.train.dataset import Dataset
+from compactmlip.train.dataset import Dataset, Draw
 from compactmlip.train.distil import best_model, record_training
 from compactmlip.train.finetune_options import ALL_SPECIES, FinetuneOptions
 from compactmlip.train.forgetting import Forgetting, labelled_by, measure_forgetting, replay_structures
 from compactmlip.train.loop import fit
 from compactmlip.train.loss import Residuals
 from compactmlip.train.metrics import Errors, dataset_residuals, summarise
+from compactmlip.train.ranks import current_ranks
 from compactmlip.train.reference import ReferenceEnergies, fit_reference, isolated_energies, shifted
 from compactmlip.train.start import StepZero, compare_with_parent
 from compactmlip.train.state import RunFolder, TrainingState, fingerprint
@@ -174,7 +177,7 @@ def finetune(
     removed = tuple(s for s in model_spec(full).species if s not in model_spec(slim).species)
     train = _dataset(data.train, slim, dtype, "the training set", options, weighted=True)
     valid = _dataset(data.valid, slim, dtype, "the validation set", options, weighted=True)
-    folder = RunFolder(out_dir, fingerprint(slim, (train, valid), options, "finetune"))
+    folder = RunFolder(out_dir, fingerprint(slim, (train, valid), options, options.action))
     found = dataset_residuals(slim, train)
     notes = _check_units(found, train, options)
     reference = _reference(slim, found, train, data, options, folder)
@@ -186,10 +189,10 @@ def finetune(
     if options.replay_structures:
         train = _with_replay(train, start, data, dtype, options)
     state = _prepared(start, options, removed)
-    saved = folder.load()
+    saved = current_ranks().from_first(folder.load)
     if saved is not None:
         state.restore(saved)
-    fit(state, train, valid, options, folder, title="fine-tune", progress=progress, clock=clock)
+    fit(state, train, valid, options, folder, title=options.action, progress=progress, clock=clock)
     best = merge_low_rank(best_model(state)).requires_grad_(True)
     if state.counters.best_epoch == 0:
         notes.append(NOTHING_BETTER)
@@ -201,9 +204,10 @@ def finetune(
     counters = state.counters
     number = (len(data.train), len(data.valid))
     record_training(
-        best, "finetune", state, options, *number, sets["valid"].after, e0_shifts=reference.shifts
+        best, options.action, state, options, *number, sets["valid"].after, e0_shifts=reference.shifts
     )
-    checkpoint.save(best, folder.path / MODEL_FILE)
+    if current_ranks().first:
+        checkpoint.save(best, folder.path / MODEL_FILE)
     return FinetuneResult(
         best,
         removed,
@@ -236,18 +240,25 @@ def _dataset(
     *,
     weighted: bool = False,
 ) -> Dataset:
-    weights = None
+    weights, directions, draw = None, 0, None
+    training = name == "the training set"
     if weighted:
-        training = name == "the training set"
         weights = group_weights(frames, options.config_weights, options.head_weights, strict=training)
-    return Dataset.from_frames(
+        if options.hessian_weight:
+            directions = sys.maxsize if training else options.hessian_directions
+    made = Dataset.from_frames(
         frames,
         model_spec(model),
         dtype,
         name,
         weights=weights,
         need_forces="missing-forces" not in options.accept,
+        hessian=directions,
     )
+    if training and options.resample and options.group_key is not None:
+        names = tuple(group_names(frames, options.group_key))
+        draw = Draw(names, options.per_group, options.group_share)
+    return replace(made, draw=draw)
 
 
 def _counts(dataset: Dataset) -> np.ndarray:
@@ -332,7 +343,11 @@ def _with_replay(
     frames = labelled_by(start, [*drawn.perturbed, *drawn.substituted])
     weights = np.full((len(frames), 3), options.replay_weight)
     more = Dataset.from_frames(frames, model_spec(start), dtype, "the replay set", weights=weights)
-    return Dataset((*train.structures, *more.structures), train.species)
+    draw = train.draw
+    if draw is not None:  # each replayed structure is a group of its own, in every epoch
+        names = [f"replay {k}" for k in range(len(more.structures))]
+        draw = replace(draw, groups=(*draw.groups, *names))
+    return Dataset((*train.structures, *more.structures), train.species, draw)
 
 
 def _prepared(start: nn.Module, options: FinetuneOptions, removed: Sequence[str]) -> TrainingState:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from pydantic import Field, model_validator
 
 from compactmlip.data.holdout import Method
@@ -14,7 +16,15 @@ ALL_SPECIES = "all"
 
 
 class FinetuneOptions(TrainOptions):
-    """How to fine-tune a model on labels of another level of theory."""
+    """How to fine-tune a model on labels of another level of theory.
+
+    Attributes
+    ----------
+    action
+        What the provenance calls it.
+    """
+
+    action: ClassVar[str] = "finetune"
 
     lr: float = Field(default=2e-3, gt=0, description="peak learning rate; weights are of order one")
     max_epochs: int | None = Field(default=100, ge=1, description="passes over the training frames")
@@ -36,6 +46,13 @@ class FinetuneOptions(TrainOptions):
     )
     split: Method = Field(default="auto", description="how to hold out: auto, random, blocks or groups")
     group_key: str | None = Field(default=None, description="info key of frames that stay together")
+    per_group: int | None = Field(
+        default=None, ge=1, description="training frames of each group at most, chosen at random"
+    )
+    group_share: float | None = Field(
+        default=None, gt=0, le=1, description="share of each group's training frames, chosen at random"
+    )
+    resample: bool = Field(default=False, description="choose these frames anew in each epoch")
 
     config_weights: dict[str, float] = Field(default={}, description="loss weights by config_type")
     head_weights: dict[str, float] = Field(default={}, description="loss weights by the info key 'head'")
@@ -60,4 +77,13 @@ class FinetuneOptions(TrainOptions):
     def _one_way(self) -> FinetuneOptions:
         if self.lora_rank is not None and self.freeze:
             raise ValueError("give freeze or lora_rank, not both: low-rank updates freeze all weights")
+        if self.hessian_weight and self.replay_structures:
+            raise ValueError("replayed structures have no Hessian: give hessian_weight or replay_structures")
+        if self.per_group is not None and self.group_share is not None:
+            raise ValueError("give per_group or group_share, not both")
+        drawn = self.per_group is not None or self.group_share is not None
+        if drawn and self.group_key is None:
+            raise ValueError("per_group and group_share need group_key, the info key that names the material")
+        if self.resample and not drawn:
+            raise ValueError("resample draws a part anew: give per_group or group_share as well")
         return self

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
 from compactmlip.errors import CompactMLIPError
 from compactmlip.progress import Track
 from compactmlip.train.dataset import Dataset, LabelledBatch
-from compactmlip.train.loss import loss_terms, residuals
+from compactmlip.train.loss import loss_terms, number_of_entries, residuals
 from compactmlip.train.metrics import dataset_residuals, summarise
 from compactmlip.train.options import TrainOptions
+from compactmlip.train.ranks import current_ranks
 from compactmlip.train.state import RunFolder, TrainingState
 
 CHECK_EVERY = 16
@@ -33,12 +36,12 @@ def learning_rate(fraction: float, options: TrainOptions) -> float:
     """Learning rate when ``fraction`` (0 to 1) of the budget is used: linear warm-up, then the schedule.
 
     Cosine and linear schedules end at ``final_lr`` times the peak, as does an exponential one, in which the
-    rate falls by equal factors in equal times.
+    rate falls by equal factors in equal times.  "plateau" is constant here: it looks at the validations.
     """
     if fraction < options.warmup:
         return options.lr * max(fraction / options.warmup, options.final_lr)
     phase = min((fraction - options.warmup) / (1 - options.warmup), 1.0)
-    if options.schedule == "constant":
+    if options.schedule in ("constant", "plateau"):
         return options.lr
     if options.schedule == "exponential":
         return options.lr * max(options.final_lr, SMALLEST_FINAL) ** phase
@@ -59,6 +62,8 @@ def fit(
 ) -> None:
     """Train until the budget is used or the validation loss stops improving.
 
+    Under ``torchrun`` the processes share the work (:mod:`compactmlip.train.ranks`).
+
     ``state`` is changed in place and saved in ``folder``; ``state.counters.stopped`` says why the
     training ended, and a state that has ended is left alone.  Each epoch is one pass over shuffled
     batches, followed by a validation of the averaged weights.  When the loss is no longer finite, the
@@ -75,7 +80,7 @@ def fit(
         return
     run = _Run(state, train, valid, options, folder, clock)
     begin = run.used()
-    with Track(title, 100 * (1 - begin), "%", enabled=progress) as track:
+    with Track(title, 100 * (1 - begin), "%", enabled=progress and run.ranks.first) as track:
         run.report = lambda note: track.advance(100 * (run.used() - begin) - track.done, note)
         try:
             if not state.counters.history and not run.validate(run.new_meter()):
@@ -116,15 +121,18 @@ class _Run:
         clock: Callable[[], float],
     ) -> None:
         self.state, self.train, self.valid = state, train, valid
-        self.options, self.folder, self.clock = options, folder, clock
+        self.options, self.folder, self.ranks = options, folder, current_ranks()
+        self.own_clock, self.clock = clock, self.ranks.agreed(clock)
         self.report: Callable[[str], None] = lambda note: None
         self.device = next(state.model.parameters()).device
-        self.start = clock() - state.counters.elapsed
-        self.last_save = clock()
+        self.own_start = clock() - state.counters.elapsed
+        self.start = self.last_save = self.clock()
+        self.start -= state.counters.elapsed
         self.updating, self.errors = False, ""
         self.good = state.snapshot()
         self.plan = self.shuffled()
-        share = valid.num_edges / max(TRAINING_COST * train.num_edges, 1)
+        edges = sum(len(train.structures[k].graph.centers) for batch in self.plan for k in batch)
+        share = valid.num_edges / max(TRAINING_COST * edges, 1)
         self.validate_every = max(1, math.ceil(share / VALIDATION_SHARE))
 
     def shuffled(self) -> list[NDArray[np.int64]]:
@@ -149,9 +157,9 @@ class _Run:
         now = self.state.counters
         self.plan, meter = self.shuffled(), self.new_meter()
         while now.batch < len(self.plan) and self.used() < 1:
-            batch = self.train.batch(self.plan[now.batch]).to(self.device)
-            self.step(batch, learning_rate(self.used(), self.options) * now.lr_factor)
-            meter.atoms += batch.num_atoms
+            indices = self.plan[now.batch]
+            self.step(indices, self.rate())
+            meter.atoms += sum(self.train.structures[k].num_atoms for k in indices)
             if now.batch % CHECK_EVERY == 0 and not self.look(meter):
                 return False
         if not self.look(meter):
@@ -161,6 +169,17 @@ class _Run:
         self.next_epoch()
         return True
 
+    def rate(self) -> float:
+        """Learning rate of the present step."""
+        now = self.state.counters
+        return learning_rate(self.used(), self.options) * now.lr_factor * now.plateau_factor
+
+    def with_hessian(self, batch: LabelledBatch) -> LabelledBatch:
+        """Leave those Hessian labels in a batch that the present step uses."""
+        now, number = self.state.counters, self.options.hessian_directions
+        due = now.steps % self.options.hessian_every == 0
+        return batch.with_hessian(now.epoch * number, number if due else 0)
+
     def next_epoch(self) -> None:
         """Count an epoch."""
         now = self.state.counters
@@ -168,14 +187,13 @@ class _Run:
         now.epoch, now.batch = now.epoch + 1, 0
         self.updating = False
 
-    def step(self, batch: LabelledBatch, lr: float) -> None:
-        """Take one step of the optimiser."""
+    def step(self, indices: NDArray[np.int64], lr: float) -> None:
+        """Take one step of the optimiser on some structures."""
         state = self.state
-        terms = loss_terms(residuals(state.model, batch, create_graph=True), self.options)
+        parameters = [p for p in state.model.parameters() if p.requires_grad]
         state.optimizer.zero_grad(set_to_none=True)
-        # Not towards the edge vectors, which the forces were derivatives of.
-        terms.total.backward(inputs=[p for p in state.model.parameters() if p.requires_grad])
-        norm = clip_grad_norm_(state.model.parameters(), self.options.clip, foreach=True)
+        terms = self.gradients(indices, parameters)
+        norm = clip_grad_norm_(parameters, self.options.clip, foreach=True)
         for group in state.optimizer.param_groups:
             group["lr"] = lr
         self.updating = True
@@ -184,12 +202,31 @@ class _Run:
         state.add(terms, norm, lr)
         self.updating = False
 
+    def gradients(self, indices: NDArray[np.int64], parameters: Sequence[nn.Parameter]) -> Tensor:
+        """Leave the gradient of the loss in the parameters, and return its terms."""
+        whole = [self.train.structures[k] for k in indices]
+        numbers: list[int] | None = None
+        own: Sequence[int] = range(len(indices))
+        if self.ranks.size > 1:
+            counts = [number_of_entries(self.with_hessian(s)) for s in whole]
+            numbers = [sum(column) for column in zip(*counts, strict=True)]
+            own = self.ranks.share([s.num_atoms for s in whole])
+        found = torch.zeros(4, dtype=torch.float64, device=self.device)
+        if own:
+            batch = self.with_hessian(self.train.batch(indices[list(own)])).to(self.device)
+            errors = residuals(self.state.model, batch, create_graph=True)
+            terms = loss_terms(errors, self.options, numbers)
+            # Not towards the edge vectors, which the forces were derivatives of.
+            terms.total.backward(inputs=list(parameters))
+            found = terms.stacked()
+        return self.ranks.sum_gradients(parameters, found)
+
     def look(self, meter: _Meter) -> bool:
         """Show the progress, save when it is time; false if the loss is not finite."""
         if not bool(self.state.sums.isfinite().all()):
             return False
         now = self.state.counters
-        loss, rate = sum(self.state.means()[:3]), meter.rate(self.clock())
+        loss, rate = self.state.means()[0], meter.rate(self.clock())
         last = f", valid. {now.history[-1]['valid_loss']:.3g}" if now.history else ""
         self.report(f"epoch {now.epoch + 1}, loss {loss:.3g}{last}, {rate:.0f} atoms/s {self.errors}")
         if self.clock() - self.last_save >= 60 * self.options.checkpoint_minutes:
@@ -200,29 +237,42 @@ class _Run:
         """Validate the averaged weights, which ends the epoch; false if they diverged."""
         state, now = self.state, self.state.counters
         rate = meter.rate(self.clock())
-        found = dataset_residuals(state.average.model, self.valid)
+        found = dataset_residuals(state.average.model, self.valid, ranks=self.ranks)
         terms = loss_terms(found, self.options).stacked().tolist()
         if not math.isfinite(sum(terms)):
             return False
         errors = summarise(found, self.valid)
-        energy, forces, stress, norm = state.means()
+        loss, norm = state.means()
         self.updating = True
         if now.history:
             now.epoch, now.batch = now.epoch + 1, 0
         now.elapsed = self.clock() - self.start
         row = {"epoch": now.epoch, "steps": now.steps, "minutes": round(now.elapsed / 60, 4)}
         row |= {"lr": now.lr, "atoms_per_s": round(rate, 2)}
-        row |= {"loss": energy + forces + stress, "gradient_norm": norm, "valid_loss": sum(terms)}
-        row |= dict(zip(("valid_energy", "valid_forces", "valid_stress"), terms, strict=True))
+        row |= {"loss": loss, "gradient_norm": norm, "valid_loss": sum(terms)}
+        names = ("valid_energy", "valid_forces", "valid_stress", "valid_hessian")
+        row |= dict(zip(names[: len(found.parts)], terms, strict=False))
         now.history.append(row | errors.row())
         if now.best_loss is None or sum(terms) < now.best_loss:
             state.keep_best(sum(terms))
+        elif self.on_plateau():
+            now.plateau_factor, now.plateau_epoch = (
+                now.plateau_factor * self.options.plateau_factor,
+                now.epoch,
+            )
         state.forget_means()
         self.good = state.snapshot()
         self.updating = False
         self.errors = str(errors)
-        self.folder.write_history(now.history)
+        if self.ranks.first:
+            self.folder.write_history(now.history)
         return True
+
+    def on_plateau(self) -> bool:
+        """Whether it is time for a smaller learning rate."""
+        now, options = self.state.counters, self.options
+        since = now.epoch - max(now.best_epoch, now.plateau_epoch)
+        return options.schedule == "plateau" and since > options.plateau_patience
 
     def reason_to_stop(self) -> str | None:
         """Why the training ends here, if it does."""
@@ -250,11 +300,15 @@ class _Run:
     def save(self) -> None:
         """Write the resume file and the history."""
         self.state.counters.elapsed = self.clock() - self.start
-        self.folder.save(self.state.snapshot())
         self.last_save = self.clock()
+        if self.ranks.first:
+            self.folder.save(self.state.snapshot())
 
     def save_interrupted(self) -> None:
         """Save after an interruption; one amid an update would leave half-updated weights."""
         if self.updating:
             self.state.restore(self.good)
-        self.save()
+        # Other processes may be gone: their agreement cannot be waited for.
+        self.state.counters.elapsed = self.own_clock() - self.own_start
+        if self.ranks.first:
+            self.folder.save(self.state.snapshot())

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from compactmlip.train.dataset import Dataset
 from compactmlip.train.loss import Residuals, joined, residuals
+from compactmlip.train.ranks import Ranks
 
 EVALUATION_ATOMS, EVALUATION_EDGES = 64, 2000
 """Batch size of evaluations; small enough for the cache."""
@@ -46,15 +47,22 @@ class Errors:
         meV/Angstrom^3, over the six components.
     forces_by_species
         meV/Angstrom, by chemical symbol.
+    hessian
+        eV/Angstrom^2, over components of Hessian products; None without labels.
     """
 
     energy: Error
     forces: Error
     stress: Error
     forces_by_species: dict[str, Error] = field(default_factory=dict)
+    hessian: Error | None = None
 
     def row(self) -> dict[str, float]:
         """Return MAE and RMSE as columns of a table."""
+        hessian = {}
+        if self.hessian is not None:
+            hessian["hessian_mae_eV_per_A2"] = self.hessian.mae
+            hessian["hessian_rmse_eV_per_A2"] = self.hessian.rmse
         return {
             "energy_mae_meV_per_atom": self.energy.mae,
             "energy_rmse_meV_per_atom": self.energy.rmse,
@@ -62,11 +70,13 @@ class Errors:
             "forces_rmse_meV_per_A": self.forces.rmse,
             "stress_mae_meV_per_A3": self.stress.mae,
             "stress_rmse_meV_per_A3": self.stress.rmse,
+            **hessian,
         }
 
     def __str__(self) -> str:
         text = f"E {self.energy.mae:.3g} meV/atom, F {self.forces.mae:.3g} meV/A"
-        return text if self.stress.mae != self.stress.mae else f"{text}, S {self.stress.mae:.3g} meV/A^3"
+        text += "" if self.stress.mae != self.stress.mae else f", S {self.stress.mae:.3g} meV/A^3"
+        return text if self.hessian is None else f"{text}, H {self.hessian.mae:.3g} eV/A^2"
 
 
 def dataset_residuals(
@@ -76,19 +86,22 @@ def dataset_residuals(
     max_atoms: int = EVALUATION_ATOMS,
     max_edges: int = EVALUATION_EDGES,
     on_batch: Callable[[int], None] | None = None,
+    ranks: Ranks | None = None,
 ) -> Residuals:
     """Model minus label on all structures, in their order.
 
-    ``on_batch`` is called with the number of atoms of each finished batch.
+    ``on_batch`` is called with the number of atoms of each finished batch.  ``ranks`` share the work.
     """
-    device = next(model.parameters()).device
-    parts: list[Residuals] = []
-    for indices in dataset.batches(max_atoms, max_edges):
+    device, ranks = next(model.parameters()).device, ranks or Ranks()
+    parts: dict[int, Residuals] = {}
+    batches = dataset.batches(max_atoms, max_edges)
+    for k in range(ranks.rank, len(batches), ranks.size):
+        indices = batches[k]
         found = residuals(model, dataset.batch(indices).to(device))
-        parts.append(found)
+        parts[k] = found if ranks.size == 1 else joined([found])
         if on_batch is not None:
             on_batch(sum(dataset.structures[k].num_atoms for k in indices))
-    return joined(parts)
+    return joined(list(ranks.collect(parts).values()))
 
 
 def summarise(found: Residuals, dataset: Dataset) -> Errors:
@@ -99,7 +112,9 @@ def summarise(found: Residuals, dataset: Dataset) -> Errors:
         for k, symbol in enumerate(dataset.species)
         if bool((species == k).any())
     }
-    return Errors(Error.of(found.energies), Error.of(found.forces), Error.of(found.stresses), by_species)
+    hessian = None if found.hessians is None else Error.of(found.hessians, unit=1.0)
+    energy, forces, stress = map(Error.of, (found.energies, found.forces, found.stresses))
+    return Errors(energy, forces, stress, by_species, hessian)
 
 
 def evaluate(model: nn.Module, dataset: Dataset) -> Errors:

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from compactmlip.errors import InputError
 from compactmlip.spec import DTypeName
 
-Schedule = Literal["cosine", "linear", "exponential", "constant"]
+Schedule = Literal["cosine", "linear", "exponential", "constant", "plateau"]
 Loss = Literal["huber", "universal", "mse"]
 
 BOOKKEEPING = frozenset({"checkpoint_minutes", "labels", "accept", "drop", "forgetting_structures"})
@@ -22,15 +22,21 @@ class TrainOptions(BaseModel):
 
     The learning rate rises linearly during the warm-up, then falls along the schedule.  Both follow the
     fraction of the budget that is used: of ``max_epochs``, or of ``max_minutes`` of wall-clock time
-    (validation included, over all resumed parts), whichever is further.
+    (validation included, over all resumed parts), whichever is further.  The schedule "plateau" multiplies
+    the rate with ``plateau_factor`` whenever more than ``plateau_patience`` epochs brought no better
+    validation loss.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     lr: float = Field(default=5e-3, gt=0, description="peak learning rate; weights are of order one")
-    schedule: Schedule = Field(default="cosine", description="cosine, linear, exponential or constant")
+    schedule: Schedule = Field(
+        default="cosine", description="cosine, linear, exponential, constant or plateau"
+    )
     warmup: float = Field(default=0.02, ge=0, lt=1, description="share of the budget to reach the peak")
     final_lr: float = Field(default=0.01, ge=0, le=1, description="last learning rate over the peak")
+    plateau_patience: int = Field(default=10, ge=0, description="epochs before the rate falls on a plateau")
+    plateau_factor: float = Field(default=0.8, gt=0, lt=1, description="factor of the rate on a plateau")
     weight_decay: float = Field(default=0.0, ge=0, description="decoupled weight decay (AdamW)")
     amsgrad: bool = Field(default=False, description="AMSGrad variant of Adam")
     clip: float = Field(default=10.0, gt=0, description="largest norm of the gradient of the loss")
@@ -51,6 +57,12 @@ class TrainOptions(BaseModel):
     energy_delta: float = Field(default=0.02, gt=0, description="eV/atom where the loss turns linear")
     forces_delta: float = Field(default=0.02, gt=0, description="eV/Angstrom where the loss turns linear")
     stress_delta: float = Field(default=0.001, gt=0, description="eV/Angstrom^3 where the loss turns linear")
+    hessian_weight: float = Field(default=0.0, ge=0, description="weight of the Hessian products; 0 for none")
+    hessian_delta: float = Field(default=0.2, gt=0, description="eV/Angstrom^2 where the loss turns linear")
+    hessian_directions: int = Field(
+        default=1, ge=1, description="labelled directions used in a step; others follow in later epochs"
+    )
+    hessian_every: int = Field(default=1, ge=1, description="steps from one use of the Hessian to the next")
 
     checkpoint_minutes: float = Field(default=5.0, ge=0, description="minutes between resume files")
     retries: int = Field(default=3, ge=0, description="halvings of the learning rate after NaN or infinity")
@@ -61,7 +73,7 @@ class TrainOptions(BaseModel):
     def _has_budget(self) -> TrainOptions:
         if self.max_epochs is None and self.max_minutes is None:
             raise ValueError("training needs an end: give max_epochs, max_minutes or both")
-        if self.energy_weight == self.forces_weight == self.stress_weight == 0:
+        if self.energy_weight == self.forces_weight == self.stress_weight == self.hessian_weight == 0:
             raise ValueError("all weights are zero: there is nothing to train on")
         return self
 

@@ -26,11 +26,10 @@ from compactmlip.errors import CheckpointError, InputError
 from compactmlip.models import model_spec
 from compactmlip.train.dataset import Dataset
 from compactmlip.train.ema import WeightAverage
-from compactmlip.train.loss import LossTerms
 from compactmlip.train.options import BOOKKEEPING, TrainOptions
 
 STATE_FILE, HISTORY_FILE = "last.state.safetensors", "history.csv"
-HEADER_KEY, STATE_VERSION = "compactmlip_training", 1
+HEADER_KEY, STATE_VERSION = "compactmlip_training", 2
 
 
 @dataclass
@@ -46,6 +45,8 @@ class Counters:
     retries: int = 0
     best_loss: float | None = None
     best_epoch: int = 0
+    plateau_factor: float = 1.0
+    plateau_epoch: int = 0
     history: list[dict[str, float]] = field(default_factory=list)
     stopped: str | None = None
 
@@ -75,7 +76,7 @@ class TrainingState:
     counters
         See :class:`Counters`.
     sums
-        (5,) loss terms, gradient norm and one, added up over the steps since the last validation.
+        (6,) loss terms, gradient norm and one, added up over the steps since the last validation.
     """
 
     def __init__(self, model: nn.Module, options: TrainOptions) -> None:
@@ -90,21 +91,20 @@ class TrainingState:
             foreach=True,
         )
         self.counters = Counters()
-        self.sums = torch.zeros(5, dtype=torch.float64, device=next(model.parameters()).device)
+        self.sums = torch.zeros(6, dtype=torch.float64, device=next(model.parameters()).device)
 
-    def add(self, terms: LossTerms, gradient_norm: Tensor, lr: float) -> None:
-        """Count one finished step."""
+    def add(self, terms: Tensor, gradient_norm: Tensor, lr: float) -> None:
+        """Count one finished step with these loss terms (4,)."""
         norm = gradient_norm.detach().double().reshape(1)
-        self.sums = self.sums + torch.cat([terms.stacked(), norm, torch.ones_like(norm)])
+        self.sums = self.sums + torch.cat([terms, norm, torch.ones_like(norm)])
         self.counters.batch += 1
         self.counters.steps += 1
         self.counters.lr = lr
 
-    def means(self) -> tuple[float, float, float, float]:
-        """Loss terms (energy, forces, stress) and gradient norm, averaged since the last validation."""
-        *sums, count = self.sums.tolist()
-        energy, forces, stress, norm = (s / count if count else math.nan for s in sums)
-        return energy, forces, stress, norm
+    def means(self) -> tuple[float, float]:
+        """Loss and gradient norm, averaged since the last validation."""
+        *terms, norm, count = self.sums.tolist()
+        return (sum(terms) / count, norm / count) if count else (math.nan, math.nan)
 
     def forget_means(self) -> None:
         """Begin new averages."""
@@ -235,16 +235,19 @@ class RunFolder:
 
 
 def fingerprint(model: nn.Module, datasets: Sequence[Dataset], options: TrainOptions, *more: Any) -> str:
-    """Digest of model, data and options: two runs with the same digest are the same run."""
+    """Digest of model, data, options and whatever else counts: the same digest means the same run."""
     spec = model_spec(model)
     settings = options.model_dump(mode="json", exclude=set(BOOKKEEPING))
     digest = hashlib.sha256(json.dumps([spec.to_json(), settings, *more], sort_keys=True).encode())
     tensors = list(model.state_dict().values())
     for dataset in datasets:
+        if dataset.draw is not None:
+            digest.update(json.dumps(dataset.draw.groups).encode())
         for s in dataset.structures:
             graph = (s.graph.species, s.graph.centers, s.graph.neighbors, s.graph.vectors, s.graph.volumes)
             tensors += [*graph, s.energies, s.forces, s.stresses]
             tensors += [t for t in (s.with_forces, s.weights) if t is not None]
+            tensors += [] if s.hessian is None else [s.hessian.directions, s.hessian.products]
     for tensor in tensors:
         digest.update(str(tuple(tensor.shape)).encode())
         digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
