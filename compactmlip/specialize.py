@@ -42,10 +42,18 @@ from compactmlip.validate.certificate import Certificate, Stage
 from compactmlip.validate.options import ValidateOptions
 from compactmlip.validate.run import validate
 
-VALIDATION_SHARE = 0.3
+VALIDATION_SHARE = 0.35
 """Share of the time budget that is kept for compiling and validating."""
 
-VALIDATION_BUDGETS = {"nve_seconds": 0.11, "teacher_nve_seconds": 0.055, "speed_seconds": 0.016}
+VALIDATION_BUDGETS = {
+    "nve_seconds": 0.1,
+    "teacher_nve_seconds": 0.05,
+    "nvt_seconds": 0.015,
+    "ladder_seconds": 0.03,
+    "npt_seconds": 0.04,
+    "defect_seconds": 0.02,
+    "speed_seconds": 0.016,
+}
 """Shares of the time budget for parts of the validation, where the options do not say otherwise."""
 
 SHORTEST_TRAINING = 0.5

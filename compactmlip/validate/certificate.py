@@ -17,13 +17,18 @@ from compactmlip.validate.checks import Check, Verdict
 from compactmlip.validate.consistency import Consistency
 from compactmlip.validate.crystal import CrystalComparison
 from compactmlip.validate.cutoff import CutoffStep
+from compactmlip.validate.defects import Defect
+from compactmlip.validate.density import DensityComparison
 from compactmlip.validate.engines import EngineParity
+from compactmlip.validate.ladder import Ladder
+from compactmlip.validate.motion import MotionComparison
 from compactmlip.validate.nve import NVESummary
 from compactmlip.validate.parity import ParityReport
 from compactmlip.validate.phonons import Phonons
 from compactmlip.validate.short_range import Approach
 from compactmlip.validate.speed import Machine, Speed
 from compactmlip.validate.structure import Distribution
+from compactmlip.validate.thermostat import KineticEnergy
 
 SCHEMA_VERSION: Literal[1] = 1
 """Version of the JSON layout written by this release."""
@@ -97,6 +102,11 @@ class Certificate(_Frozen):
     crystal: CrystalComparison | None = None
     phonons: Phonons | None = None
     structure: tuple[Distribution, ...] = ()
+    motion: tuple[MotionComparison, ...] = ()
+    thermostat: KineticEnergy | None = None
+    ladder: Ladder | None = None
+    density: DensityComparison | None = None
+    defects: tuple[Defect, ...] = ()
     short_range: tuple[Approach, ...] = ()
     speed: tuple[Speed, ...] = ()
     stages: tuple[Stage, ...] = ()

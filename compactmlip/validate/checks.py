@@ -127,6 +127,47 @@ class Thresholds(_Frozen):
         reason="Integrated difference of radial distribution functions to the teacher's, beyond twice the "
         "statistical noise, of the pair of species that differs most.",
     )
+    thermostat_mean: Limit = Limit(
+        good=2.0,
+        bad=5.0,
+        reason="Mean kinetic energy of all atoms, and of each species, against the thermostat's temperature, "
+        "beyond three standard errors. 2 % is what a time step of a twelfth of a period does.",
+    )
+    thermostat_variance: Limit = Limit(
+        good=10.0,
+        bad=25.0,
+        reason="Variance of the kinetic energy against the canonical one, beyond three standard errors. "
+        "Thermostats that only rescale velocities have too little.",
+    )
+    diffusion: Limit = Limit(
+        good=20.0,
+        bad=50.0,
+        reason="Diffusion coefficient against the teacher's, beyond three standard errors. 20 % is a change "
+        "of temperature by some 10 K in water.",
+    )
+    amplitude: Limit = Limit(
+        good=10.0,
+        bad=25.0,
+        reason="Mean square displacement from the sites against the teacher's, beyond three standard errors. "
+        "It is inversely proportional to the stiffness.",
+    )
+    ladder: Limit = Limit(
+        good=0.5,
+        bad=0.5,
+        reason="The temperature over the highest one that was held in a short run. Twice the temperature "
+        "should be: a long run at one temperature meets what a short one meets at the next.",
+    )
+    density: Limit = Limit(
+        good=1.0,
+        bad=3.0,
+        reason="Against the teacher at the same temperature and pressure, beyond three standard errors.",
+    )
+    defects: Limit = Limit(
+        good=15.0,
+        bad=math.inf,
+        reason="Largest deviation from the teacher of vacancy and surface energies. Never fails: such "
+        "structures are rarely what a model was trained on. Those who simulate them should heed the warning.",
+    )
     cutoff_energy: Limit = Limit(
         good=0.1,
         bad=1.0,
@@ -165,11 +206,11 @@ def parity_checks(parity: ParityReport, limits: Thresholds) -> list[Check]:
     mean = parity.forces.reference_mean_abs
     relative = 100 * parity.forces.mae / mean if mean > 0 else math.nan
     checks = [
-        _limited("energy error (MAE)", parity.energy.mae, "meV/atom", limits.energy_mae),
-        _limited("force error (MAE / mean |component|)", relative, "%", limits.force_mae_relative),
+        limited("energy error (MAE)", parity.energy.mae, "meV/atom", limits.energy_mae),
+        limited("force error (MAE / mean |component|)", relative, "%", limits.force_mae_relative),
     ]
     if parity.stress is not None:
-        checks.append(_limited("stress error (MAE)", parity.stress.mae, "meV/A^3", limits.stress_mae))
+        checks.append(limited("stress error (MAE)", parity.stress.mae, "meV/A^3", limits.stress_mae))
     return checks
 
 
@@ -179,14 +220,14 @@ def consistency_checks(found: Consistency, dtype: str) -> list[Check]:
     rounding, derivative = ROUNDING[dtype] * scale, DERIVATIVE[dtype] * scale
     reason = f"{dtype}; relative to the largest force of the tested structure ({scale:.0f} meV/A or more)."
     checks = [
-        _limited(
+        limited(
             "symmetry: rotation, permutation, translation",
             found.proper_symmetry,
             "meV/A",
             Limit(good=rounding, bad=10 * rounding, reason=f"Largest deviation of a force. {reason}"),
         ),
-        _limited("symmetry: inversion", found.inversion, "meV/A", _inversion_limit(found, rounding)),
-        _limited(
+        limited("symmetry: inversion", found.inversion, "meV/A", _inversion_limit(found, rounding)),
+        limited(
             "forces are the gradient of the energy",
             found.derivative_forces,
             "meV/A",
@@ -197,7 +238,7 @@ def consistency_checks(found: Consistency, dtype: str) -> list[Check]:
         tolerance = STRESS_DERIVATIVE[dtype] * max(found.largest_stress or 0.0, 10.0)
         limit = Limit(good=tolerance, bad=5 * tolerance, reason="Finite differences of the strain.")
         name = "stress is the strain derivative of the energy"
-        checks.append(_limited(name, found.derivative_stress, "meV/A^3", limit))
+        checks.append(limited(name, found.derivative_stress, "meV/A^3", limit))
     return checks
 
 
@@ -233,7 +274,7 @@ def nve_checks(run: NVESummary, limits: Thresholds) -> list[Check]:
             bad=limit.bad,
             reason=limit.reason,
         ),
-        _limited("energy fluctuation (NVE)", drift.fluctuation_ratio, "of kinetic", limits.nve_fluctuation),
+        limited("energy fluctuation (NVE)", drift.fluctuation_ratio, "of kinetic", limits.nve_fluctuation),
     ]
 
 
@@ -252,7 +293,7 @@ def short_range_checks(found: Sequence[Approach], temperature_K: float, limits: 
             text += f" The teacher has such a hole too, behind {worst.teacher_barrier:.2g} eV."
     limit = limits.short_range.model_copy(update={"reason": text})
     value = temperature_K / safe if safe > 0 else math.inf
-    return [_limited("atoms stay apart (temperature / highest safe one)", value, "", limit)]
+    return [limited("atoms stay apart (temperature / highest safe one)", value, "", limit)]
 
 
 def crystal_checks(found: CrystalComparison | None, limits: Thresholds) -> list[Check]:
@@ -266,10 +307,10 @@ def crystal_checks(found: CrystalComparison | None, limits: Thresholds) -> list[
         reason = f"{who} did not come to rest within the steps allowed."
         return [Check(name="structure at rest", verdict=verdict, value=None, unit="", reason=reason)]
     checks = [
-        _limited("volume at rest", found.volume_error, "%", limits.volume),
-        _limited("positions at rest", found.displacement, "A", limits.minimum),
-        _limited("bulk modulus", found.bulk_modulus_error, "%", limits.bulk_modulus),
-        _limited("elastic constants", found.elastic_error, "%", limits.elastic),
+        limited("volume at rest", found.volume_error, "%", limits.volume),
+        limited("positions at rest", found.displacement, "A", limits.minimum),
+        limited("bulk modulus", found.bulk_modulus_error, "%", limits.bulk_modulus),
+        limited("elastic constants", found.elastic_error, "%", limits.elastic),
     ]
     if teacher.softest > 0 >= model.softest:
         reason = "An eigenvalue of the elastic constants is negative, and the teacher has none."
@@ -290,7 +331,7 @@ def phonon_checks(found: Phonons | None, limits: Thresholds) -> list[Check]:
     if found.teacher_lowest < IMAGINARY:
         reason += f" The teacher has such modes as well, down to {found.teacher_lowest:.2f} THz."
     return [
-        _limited("phonon frequencies (mean error)", relative, "% of the highest", limits.phonons),
+        limited("phonon frequencies (mean error)", relative, "% of the highest", limits.phonons),
         Check(
             name="imaginary phonon modes",
             verdict="pass" if found.lowest >= allowed else "fail",
@@ -306,7 +347,7 @@ def structure_checks(found: Sequence[Distribution], limits: Thresholds) -> list[
     if not found:
         return []
     worst = max(found, key=lambda d: d.excess)
-    return [_limited(f"radial distribution ({worst.pair})", worst.excess, "%", limits.structure)]
+    return [limited(f"radial distribution ({worst.pair})", worst.excess, "%", limits.structure)]
 
 
 def cutoff_checks(found: CutoffStep | None, limits: Thresholds) -> list[Check]:
@@ -314,10 +355,10 @@ def cutoff_checks(found: CutoffStep | None, limits: Thresholds) -> list[Check]:
     if found is None:
         return []
     return [
-        _limited(
+        limited(
             f"step of the energy at the cutoff ({found.pair})", found.energy, "meV", limits.cutoff_energy
         ),
-        _limited(f"force at the cutoff ({found.pair})", found.force, "meV/A", limits.cutoff_force),
+        limited(f"force at the cutoff ({found.pair})", found.force, "meV/A", limits.cutoff_force),
     ]
 
 
@@ -328,10 +369,11 @@ def engine_checks(found: Sequence[EngineParity], dtype: str) -> list[Check]:
     worst = max(found, key=lambda e: e.forces)
     reason = worst.failure or f"Largest difference of a force to ASE in {worst.engine}, {dtype}."
     limit = Limit(good=ENGINE[dtype], bad=10 * ENGINE[dtype], reason=reason)
-    return [_limited("ASE and LAMMPS agree", worst.forces, "meV/A", limit)]
+    return [limited("ASE and LAMMPS agree", worst.forces, "meV/A", limit)]
 
 
-def _limited(name: str, value: float, unit: str, limit: Limit) -> Check:
+def limited(name: str, value: float, unit: str, limit: Limit) -> Check:
+    """Return the check of a value for which small is good."""
     return Check(
         name=name,
         verdict=limit.judge(value),

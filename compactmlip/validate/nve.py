@@ -147,7 +147,7 @@ def equilibrate(
             fixcm=False,
             rng=rng,
         )
-        failure = _run(dynamics, system, steps, EXPLODED * temperature_K, lambda: None)
+        failure = advance(dynamics, system, steps, EXPLODED * temperature_K, lambda: None)
         if failure:
             raise CompactMLIPError(f"the equilibration at {temperature_K:g} K failed: {failure}")
     stop_drift(system)
@@ -216,13 +216,13 @@ def nve(
                 track.advance(1)
 
         dynamics = VelocityVerlet(system, timestep_fs * units.fs)
-        failure = _run(dynamics, system, steps, EXPLODED * temperature_K, record, max_seconds)
+        failure = advance(dynamics, system, steps, EXPLODED * temperature_K, record, max_seconds)
     seconds = (time.perf_counter() - started) / max(len(rows) - 1, 1)
     result = _result(np.array(rows).reshape(-1, 2), len(system), timestep_fs, seconds, failure)
     return replace(result, positions=np.array(positions).reshape(-1, len(system), 3))
 
 
-def _run(
+def advance(
     dynamics: Any,
     atoms: Atoms,
     steps: int,

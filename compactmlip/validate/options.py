@@ -27,6 +27,17 @@ class ValidateOptions(HeldoutOptions):
         ge=0,
         description="time for elastic constants, and again for phonons, of periodic structures, s",
     )
+    nvt_seconds: float = Field(
+        15.0, ge=0, description="time for the model's run with a thermostat, s; 0: none"
+    )
+    ladder_seconds: float = Field(
+        30.0, ge=0, description="time for rising temperatures until something breaks, s; 0: none"
+    )
+    npt_seconds: float = Field(
+        40.0, ge=0, description="time for model and teacher at constant pressure, s; 0: none"
+    )
+    pressure_GPa: float = Field(0.0, description="pressure of these runs, GPa")
+    defect_seconds: float = Field(30.0, ge=0, description="time for vacancies and surfaces, s; 0: none")
     speed_seconds: float = Field(12.0, gt=0, description="time for each size of the speed comparison, s")
     sizes: tuple[int, ...] = Field((64, 216), description="about how many atoms speed is measured on")
     repeats: int = Field(5, ge=1)

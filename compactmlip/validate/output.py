@@ -11,6 +11,7 @@ from ase import Atoms
 from compactmlip.checkpoint import atomic_write, atomic_write_text, sha256
 from compactmlip.data.extxyz import write_frames
 from compactmlip.validate.certificate import Certificate
+from compactmlip.validate.motion import Displacements
 from compactmlip.validate.nve import Trace
 from compactmlip.validate.parity import Labels
 from compactmlip.validate.phonons import Spectra
@@ -32,6 +33,7 @@ class ValidationData:
     curves: tuple[Curve, ...] = ()
     spectra: Spectra | None = None
     functions: Functions | None = None
+    displacements: Displacements | None = None
 
 
 def write_all(out: Path, certificate: Certificate, data: ValidationData, report: str) -> Certificate:
@@ -91,5 +93,9 @@ def _write_arrays(path: Path, data: ValidationData) -> None:
         arrays["rdf_distance_A"] = data.functions.distances
         for name, table in (("model", data.functions.model), ("teacher", data.functions.teacher)):
             arrays |= {f"rdf_{name}_{pair}": values for pair, values in table.items()}
+    if data.displacements is not None:
+        arrays["msd_time_ps"] = data.displacements.times_ps
+        for name, table in (("model", data.displacements.model), ("teacher", data.displacements.teacher)):
+            arrays |= {f"msd_{name}_{symbol}": values for symbol, values in table.items()}
     with path.open("wb") as file:
         np.savez_compressed(file, **arrays)  # type: ignore[arg-type]

@@ -26,29 +26,27 @@ from compactmlip.validate.checks import (
     short_range_checks,
     structure_checks,
 )
+from compactmlip.validate.checks_dynamics import (
+    defect_checks,
+    density_checks,
+    ladder_checks,
+    motion_checks,
+    thermostat_checks,
+)
 from compactmlip.validate.consistency import check_consistency
-from compactmlip.validate.crystal import EVALUATIONS, CrystalComparison, compare_crystals
 from compactmlip.validate.cutoff import cutoff_step
 from compactmlip.validate.engines import EngineParity, compare_engines
 from compactmlip.validate.heldout import calmest, heldout_structures, typical
+from compactmlip.validate.motion import compare_motion
+from compactmlip.validate.nve import SAMPLE_EVERY
 from compactmlip.validate.options import ValidateOptions
 from compactmlip.validate.output import ValidationData, write_all
-from compactmlip.validate.paired import compare_speed, dynamics, seconds_per_step
+from compactmlip.validate.paired import compare_speed, dynamics
 from compactmlip.validate.parity import Labels, ParityReport, evaluate_frames, parity
-from compactmlip.validate.phonons import (
-    Phonons,
-    Spectra,
-    available as phonons_available,
-    compare_phonons,
-    displacements,
-)
-from compactmlip.validate.short_range import Approach, Curve, approach
-from compactmlip.validate.speed import Speed, describe_machine
+from compactmlip.validate.speed import describe_machine
+from compactmlip.validate.stages import SMALL_CELL, Setting, physics
 from compactmlip.validate.structure import compare_structure
 from compactmlip.validate.supercells import near_size
-
-SHORT_RANGE_ATOMS = 32
-"""About how many atoms are around two that come together."""
 
 
 def validate(
@@ -102,8 +100,12 @@ def validate(
     with _same_engine(paths, calculators) as alike:
         speed = compare_speed(alike, start, options, progress)
         run, teacher_run, cell = dynamics(alike, start, speed, options, progress)
-        apart, curves = _short_range(alike, start, options, progress)
-        at_rest, modes, spectra = _crystal(alike, start, speed, options)
+        setting = Setting(alike, start, speed, options, progress)
+        found = physics(setting, cell, stable=run.summary.stable)
+    moves = None
+    if teacher_run:
+        interval = SAMPLE_EVERY * options.timestep_fs / 1000
+        moves = compare_motion(cell, run.positions, teacher_run.positions, interval)
     structure = compare_structure(cell, run.positions, teacher_run.positions) if teacher_run else None
     data = ValidationData(
         tuple(heldout),
@@ -111,11 +113,12 @@ def validate(
         predicted,
         run.trace,
         teacher_run.trace if teacher_run else None,
-        tuple(curves),
-        spectra,
+        found.curves,
+        found.spectra,
         structure[1] if structure else None,
+        moves[1] if moves else None,
     )
-    found = parity(heldout, reference, predicted)
+    errors = parity(heldout, reference, predicted)
     dtype = calculators["model"].spec.dtype
     consistency = check_consistency(
         calculators["model"],
@@ -128,15 +131,20 @@ def validate(
     ends = cutoff_step(calculators["model"], sorted(present), calculators["model"].spec.cutoff)
     engines = _engines(paths["model"], calculators["model"], start)
     checks = (
-        *parity_checks(found, options.thresholds),
+        *parity_checks(errors, options.thresholds),
         *consistency_checks(consistency, dtype),
         *engine_checks(engines, dtype),
         *cutoff_checks(ends, options.thresholds),
         *nve_checks(run.summary, options.thresholds),
         *structure_checks(structure[0] if structure else (), options.thresholds),
-        *crystal_checks(at_rest, options.thresholds),
-        *phonon_checks(modes, options.thresholds),
-        *short_range_checks(apart, options.temperature_K, options.thresholds),
+        *motion_checks(moves[0] if moves else (), options.thresholds),
+        *thermostat_checks(found.thermostat, options.thresholds),
+        *density_checks(found.density, options.thresholds),
+        *crystal_checks(found.crystal, options.thresholds),
+        *phonon_checks(found.phonons, options.thresholds),
+        *defect_checks(found.defects, options.thresholds),
+        *short_range_checks(found.short_range, options.temperature_K, options.thresholds),
+        *ladder_checks(found.ladder, options.temperature_K, options.thresholds),
     )
     certificate = cert.Certificate(
         created_utc=datetime.now(timezone.utc).replace(microsecond=0),
@@ -145,7 +153,7 @@ def validate(
         model=cert.describe_model(paths["model"], calculators["model"].spec),
         teacher=cert.describe_model(paths["teacher"], calculators["teacher"].spec),
         heldout=origin,
-        parity=found,
+        parity=errors,
         teacher_parity=_teacher_parity(calculators["teacher"], heldout, reference, origin, options, progress),
         consistency=consistency,
         engines=engines,
@@ -153,9 +161,14 @@ def validate(
         nve=run.summary,
         teacher_nve=teacher_run.summary if teacher_run else None,
         structure=structure[0] if structure else (),
-        crystal=at_rest,
-        phonons=modes,
-        short_range=tuple(apart),
+        motion=moves[0] if moves else (),
+        thermostat=found.thermostat,
+        ladder=found.ladder,
+        density=found.density,
+        crystal=found.crystal,
+        phonons=found.phonons,
+        defects=found.defects,
+        short_range=found.short_range,
         speed=tuple(speed),
         stages=tuple(stages),
         machine=machine,
@@ -237,35 +250,4 @@ def _engines(model: Path, calculator: Any, start: Atoms) -> tuple[EngineParity, 
 
     if model.suffix != ".pt" or inspect(model)[1].backend != "kernels":
         return ()
-    return compare_engines(model, calculator, near_size(start, SHORT_RANGE_ATOMS))
-
-
-def _short_range(
-    calculators: dict[str, Any], start: Atoms, options: ValidateOptions, progress: bool
-) -> tuple[list[Approach], list[Curve]]:
-    if not options.approach_points:
-        return [], []
-    cell, cutoff = near_size(start, SHORT_RANGE_ATOMS), calculators["model"].spec.cutoff
-    return approach(calculators, cell, cutoff, options.approach_points, progress=progress)
-
-
-def _crystal(
-    calculators: dict[str, Any], start: Atoms, speed: Sequence[Speed], options: ValidateOptions
-) -> tuple[CrystalComparison | None, Phonons | None, Spectra | None]:
-    """Elastic constants and phonons at rest, of periodic structures for which the time is enough."""
-    if not start.pbc.all():
-        return None, None, None
-
-    def seconds(atoms: Atoms) -> float:
-        return sum(seconds_per_step(name, calculators, atoms, speed) for name in ("model", "teacher"))
-
-    if EVALUATIONS * seconds(start) > options.crystal_seconds:
-        return None, None, None
-    model, teacher = calculators["model"], calculators["teacher"]
-    found, relaxed = compare_crystals(model, teacher, start)
-    if not (phonons_available() and found.model.relaxed and found.teacher.relaxed):
-        return found, None, None
-    count, atoms = displacements(relaxed[1])
-    if count * seconds(near_size(start, atoms)) > options.crystal_seconds:
-        return found, None, None
-    return found, *compare_phonons(model, teacher, relaxed, options.temperature_K)
+    return compare_engines(model, calculator, near_size(start, SMALL_CELL))

@@ -32,6 +32,10 @@ FAST = ValidateOptions(
     speed_seconds=0.3,
     sizes=(8,),
     repeats=2,
+    nvt_seconds=0.5,
+    ladder_seconds=0,
+    npt_seconds=0,
+    defect_seconds=0,
 )
 
 

@@ -51,6 +51,10 @@ def original(tmp_path_factory: pytest.TempPathFactory, make_spec: Any, make_mode
         repeats=1,
         crystal_seconds=0,
         approach_points=0,
+        nvt_seconds=0,
+        ladder_seconds=0,
+        npt_seconds=0,
+        defect_seconds=0,
     )
     file = folder / "model.safetensors"
     validate(file, file, [bulk("MgO", "rocksalt", a=4.21, cubic=True)], options, folder, progress=False)

@@ -20,7 +20,7 @@ from compactmlip.validate.report.formats import (
     signed,
     times,
 )
-from compactmlip.validate.report.physics import approach_figure, phonons_figure, rdf_figure
+from compactmlip.validate.report.physics import approach_figure, motion_figure, phonons_figure, rdf_figure
 
 if TYPE_CHECKING:
     from compactmlip.validate.output import ValidationData
@@ -53,8 +53,10 @@ def build_report(certificate: Certificate, data: ValidationData) -> str:
     )
     template = environment.from_string(package.joinpath("report.html.j2").read_text(encoding="utf-8"))
     drawn = {name: Markup(svg) if svg else "" for name, svg in _figures(certificate, data).items()}
+    further = environment.from_string(package.joinpath("dynamics.html.j2").read_text(encoding="utf-8"))
     return template.render(
         c=certificate,
+        dynamics=Markup(further.render(c=certificate, figures=drawn)),
         css=Markup(package.joinpath("report.css").read_text(encoding="utf-8")),
         figures=drawn,
         summary=_summary(certificate),
@@ -78,6 +80,7 @@ def _figures(c: Certificate, data: ValidationData) -> dict[str, str]:
         if c.nve.steps
         else "",
         "rdf": rdf_figure(data.functions) if data.functions else "",
+        "motion": motion_figure(data.displacements) if data.displacements else "",
         "phonons": phonons_figure(data.spectra) if data.spectra else "",
         "short_range": approach_figure(data.curves, c.short_range) if data.curves else "",
         "speed": figures.speed_figure(c.speed) if c.speed else "",

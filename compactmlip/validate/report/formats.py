@@ -27,8 +27,8 @@ def number(value: float | None, digits: int = 3) -> str:
 
 
 def limit(value: float | None) -> str:
-    """Format a limit as it was given: up to three significant digits, no trailing zeros."""
-    return NONE if value is None else f"{value:.3g}"
+    """Format a limit as it was given: up to three significant digits, no trailing zeros; infinity is none."""
+    return NONE if value is None or not math.isfinite(value) else f"{value:.3g}"
 
 
 def signed(value: float | None) -> str:
@@ -65,7 +65,7 @@ def times(value: float | None) -> str:
 
 def pretty_unit(text: str) -> str:
     """Write A as the Angstrom sign and powers as superscripts."""
-    return text.replace("/A^3", "/Å³").replace("meV/A", "meV/Å").replace("^2", "²")
+    return text.replace("/A^3", "/Å³").replace("/m^2", "/m²").replace("meV/A", "meV/Å").replace("^2", "²")
 
 
 def plus_minus(value: float, error: float) -> str:

@@ -1,4 +1,4 @@
-"""Figures of short distances, phonons and radial distribution functions."""
+"""Figures of short distances, phonons, radial distribution functions and motion."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from compactmlip.validate.motion import Displacements
 from compactmlip.validate.phonons import Spectra
 from compactmlip.validate.report.figures import INK, MODEL, TEACHER, render_svg, styled
 from compactmlip.validate.short_range import Approach, Curve
@@ -76,6 +77,25 @@ def rdf_figure(functions: Functions) -> str:
     panels[0].set_ylabel("g(r)")
     panels[0].legend(loc="best")
     return render_svg(figure, "rdf", "Radial distribution functions of model and teacher.")
+
+
+@styled
+def motion_figure(displacements: Displacements) -> str:
+    """One panel for each species: mean square displacement, both axes logarithmic."""
+    figure, panels = _grid(len(displacements.teacher))
+    for axes, symbol in zip(panels, displacements.teacher, strict=False):
+        for found, colour, label in (
+            (displacements.teacher, TEACHER, "teacher"),
+            (displacements.model, MODEL, "model"),
+        ):
+            axes.plot(displacements.times_ps, found[symbol], color=colour, linewidth=1.4, label=label)
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        axes.set_title(symbol, fontsize=10)
+        axes.set_xlabel("time (ps)")
+    panels[0].set_ylabel("mean square displacement (Å²)")
+    panels[0].legend(loc="best")
+    return render_svg(figure, "motion", "Mean square displacement of each species in model and teacher.")
 
 
 def _grid(count: int) -> tuple[Figure, list[Axes]]:

@@ -1,0 +1,88 @@
+"""Verdicts on dynamics beyond energy conservation, and on defects."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from compactmlip.validate.checks import Check, Thresholds, limited
+from compactmlip.validate.defects import Defect
+from compactmlip.validate.density import DensityComparison
+from compactmlip.validate.ladder import Ladder
+from compactmlip.validate.motion import MotionComparison
+from compactmlip.validate.thermostat import KineticEnergy
+
+
+def thermostat_checks(found: KineticEnergy | None, limits: Thresholds) -> list[Check]:
+    """Judge whether dynamics with a thermostat is canonical; nothing where the run was too short."""
+    if found is None:
+        return []
+    name = "temperature under a thermostat"
+    if found.failure:
+        return [Check(name=name, verdict="fail", value=None, unit="%", reason=found.failure)]
+    if not found.enough:
+        return []
+    return [
+        limited(name, found.mean_excess, "%", limits.thermostat_mean),
+        limited("fluctuation of the kinetic energy", found.variance_excess, "%", limits.thermostat_variance),
+    ]
+
+
+def motion_checks(found: Sequence[MotionComparison], limits: Thresholds) -> list[Check]:
+    """Judge diffusion and vibration, each by the species that differs most."""
+    checks = []
+    for row in found:
+        if row.compared == "kind":
+            reason = f"{row.species} {row.model.kind} in the model and {row.teacher.kind} in the teacher."
+            checks.append(
+                Check(name=f"motion of {row.species}", verdict="fail", value=None, unit="", reason=reason)
+            )
+    for kind, name, limit in (
+        ("diffusion", "self-diffusion", limits.diffusion),
+        ("amplitude", "vibration amplitude", limits.amplitude),
+    ):
+        rows = [row for row in found if row.compared == kind]
+        if rows:
+            worst = max(rows, key=lambda row: row.difference.excess(0.0))
+            checks.append(limited(f"{name} ({worst.species})", worst.difference.excess(0.0), "%", limit))
+    return checks
+
+
+def ladder_checks(found: Ladder | None, temperature_K: float, limits: Thresholds) -> list[Check]:
+    """Judge the highest temperature that the model held; nothing where time was too short for a rung."""
+    if found is None or not found.model:
+        return []
+    last = found.model[-1]
+    if not last.failure and found.highest * limits.ladder.good < temperature_K:
+        return []  # time ended, not the model
+    text = (
+        f"Broke at {last.temperature_K:.0f} K: {last.failure}"
+        if last.failure
+        else f"Held {last.temperature_K:.0f} K."
+    )
+    if found.teacher:
+        text += f" The teacher held {found.teacher_highest:.0f} K."
+    limit = limits.ladder.model_copy(update={"reason": f"{text} {limits.ladder.reason}"})
+    value = temperature_K / found.highest if found.highest > 0 else math.inf
+    return [limited("temperature / highest one held", value, "", limit)]
+
+
+def density_checks(found: DensityComparison | None, limits: Thresholds) -> list[Check]:
+    """Judge the density at constant pressure; nothing where it was not compared or too short."""
+    if found is None or found.teacher.failure:
+        return []
+    if found.model.failure:
+        reason = f"{found.model.failure} The teacher's run did not."
+        return [Check(name="density (NPT)", verdict="fail", value=None, unit="%", reason=reason)]
+    if not found.enough:
+        return []
+    return [limited("density (NPT)", found.difference.excess(0.0), "%", limits.density)]
+
+
+def defect_checks(found: Sequence[Defect], limits: Thresholds) -> list[Check]:
+    """Judge vacancies and surfaces, by the energy that differs most; nothing where there are none."""
+    known = [defect for defect in found if defect.teacher > 0]
+    if not known:
+        return []
+    worst = max(known, key=lambda defect: defect.error)
+    return [limited(f"energy of a defect ({worst.name})", worst.error, "%", limits.defects)]
