@@ -1,0 +1,94 @@
+"""Diffusion of lithium in Li3OCl with LiCl vacancies at several temperatures, and its activation energy."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ase import Atoms, units
+from ase.spacegroup import crystal
+
+from compactmlip import CompactMLIPCalculator
+from compactmlip.validate.motion import motion, without_drift
+from compactmlip.validate.nve import equilibrate, nve
+
+EVERY = 10
+"""Steps between positions, as :func:`compactmlip.validate.nve.nve` keeps them."""
+
+
+def electrolyte(repeats: int, vacancies: int) -> Atoms:
+    """Li3OCl, cubic, without some pairs of Li and Cl: neutral, and room for Li to hop."""
+    cell = crystal(
+        ("Li", "O", "Cl"),
+        [(0.5, 0.5, 0), (0.5, 0.5, 0.5), (0, 0, 0)],
+        spacegroup=221,
+        cellpar=[3.91, 3.91, 3.91, 90, 90, 90],
+    )
+    atoms = Atoms(cell.symbols, cell.positions, cell=cell.cell, pbc=True).repeat(repeats)
+    random = np.random.default_rng(0)
+    symbols = np.array(atoms.get_chemical_symbols())
+    gone = [random.choice(np.flatnonzero(symbols == s), vacancies, replace=False) for s in ("Li", "Cl")]
+    del atoms[np.concatenate(gone)]
+    return atoms
+
+
+def diffusion(calculator: Any, atoms: Atoms, temperature_K: float, steps: int, timestep_fs: float) -> Any:
+    """D of lithium from dynamics without thermostat after an equilibration with one."""
+    state = {"temperature_K": temperature_K, "timestep_fs": timestep_fs}
+    system = equilibrate(calculator, atoms, steps=steps // 10, **state)
+    run = nve(calculator, system, steps=steps, **state)
+    if not run.summary.stable:
+        raise SystemExit(f"{temperature_K:g} K: the run was not stable: {run.summary.reason}")
+    positions = without_drift(system, run.positions)[:, system.symbols == "Li"]
+    return motion(positions, EVERY * timestep_fs / 1000, spacing=2.0), run.summary.mean_temperature_K
+
+
+def arrhenius(rows: list[dict[str, Any]]) -> tuple[float, float] | None:
+    """Activation energy (eV) and prefactor (10^-5 cm^2/s), where at least two temperatures have a D."""
+    known = [row for row in rows if row["kind"] == "diffuses"]
+    if len(known) < 2:
+        return None
+    inverse = [1 / (units.kB * row["measured_K"]) for row in known]
+    slope, intercept = np.polyfit(inverse, np.log([row["D"] for row in known]), 1)
+    return float(-slope), float(np.exp(intercept))
+
+
+def main() -> None:
+    """Read the options, compute, write and print."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", type=Path, default=Path("electrolyte-model/model.pt"))
+    parser.add_argument("-o", "--output", type=Path, default=Path("electrolyte"))
+    parser.add_argument("--temperatures", type=float, nargs="+", default=[800.0, 1000.0, 1200.0])
+    parser.add_argument("--picoseconds", type=float, default=100.0)
+    parser.add_argument("--smoke", action="store_true", help="small cell, 0.5 ps, one temperature: for tests")
+    parser.add_argument("--write", type=Path, help="only write the structure to this file")
+    options = parser.parse_args()
+    atoms = electrolyte(*((2, 1) if options.smoke else (4, 4)))
+    if options.write:
+        atoms.write(options.write)
+        return
+    picoseconds = 0.5 if options.smoke else options.picoseconds
+    temperatures = options.temperatures[:1] if options.smoke else options.temperatures
+    calculator, rows = CompactMLIPCalculator(options.model), []
+    for temperature in temperatures:
+        found, measured = diffusion(calculator, atoms, temperature, round(1000 * picoseconds), 1.0)
+        row = {"target_K": temperature, "measured_K": measured, "kind": found.kind}
+        row |= {"D": found.diffusion, "D_error": found.diffusion_error, "exponent": found.exponent}
+        rows.append(row)
+        print(
+            f"{measured:7.0f} K: Li {found.kind}, D = {found.diffusion:.3g} +- {found.diffusion_error:.2g} "
+            f"x 10^-5 cm^2/s (exponent {found.exponent:.2f})"
+        )
+    fit = arrhenius(rows)
+    if fit:
+        print(f"activation energy {fit[0]:.3f} eV")
+    options.output.mkdir(parents=True, exist_ok=True)
+    text = json.dumps({"atoms": len(atoms), "rows": rows, "arrhenius": fit}, indent=1)
+    (options.output / "results.json").write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()
