@@ -1,7 +1,7 @@
 """Does training on Hessian products give better phonons, at equal time?
 
 Per material: sample structures, label them with the teacher (energies, forces, stresses, Hessian products),
-cut the teacher with compensation, and train the same start for the same wall-clock time without the Hessian
+cut the teacher with compensation, and train the same start for the same processor time without the Hessian
 and with each of some weights.  Prints errors on held-out structures and, with phonopy, of phonon frequencies
 over the Brillouin zone, each model at its own minimum.
 
@@ -109,7 +109,7 @@ def trained(case: Case, weight: float, every: int, seed: int, minutes: float) ->
     }
     with tempfile.TemporaryDirectory() as folder:
         options = DistilOptions.model_validate(settings)
-        result = distil(case.start, case.train, case.valid, options, folder, False)
+        result = distil(case.start, case.train, case.valid, options, folder, False, clock=time.process_time)
     last = result.history[-1]
     how = f"Hessian weight {weight:g}, every {every} steps" if weight else "no Hessian"
     row = [case.name, how, seed, int(last["epoch"]), int(last["steps"]), *measured(case, result.model)]
@@ -149,7 +149,7 @@ def main() -> None:
         rows += [trained(case, w, n, seed, options.minutes) for seed in options.seeds for w, n in runs]
     how = f"--minutes {options.minutes:g} --frames {options.frames} --directions {options.directions}"
     text = header("Hessian distillation at equal time", f"python benchmarks/hessian.py {how}")
-    note = f"\n{options.minutes:g} minutes of training each; {options.teacher} -> {options.to}.\n\n"
+    note = f"\n{options.minutes:g} minutes of processor time for each training; {options.teacher} -> {options.to}.\n\n"
     report(text + note + "\n".join(notes) + "\n\n" + table(COLUMNS, rows), options.output)
 
 
