@@ -149,7 +149,8 @@ def main() -> None:
         rows += [trained(case, w, n, seed, options.minutes) for seed in options.seeds for w, n in runs]
     how = f"--minutes {options.minutes:g} --frames {options.frames} --directions {options.directions}"
     text = header("Hessian distillation at equal time", f"python benchmarks/hessian.py {how}")
-    note = f"\n{options.minutes:g} minutes of processor time for each training; {options.teacher} -> {options.to}.\n\n"
+    note = f"\n{options.minutes:g} minutes of processor time for each training; "
+    note += f"{options.teacher} -> {options.to}.\n\n"
     report(text + note + "\n".join(notes) + "\n\n" + table(COLUMNS, rows), options.output)
 
 
