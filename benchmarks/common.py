@@ -44,6 +44,14 @@ def header(title: str, command: str) -> str:
     )
 
 
+def shown(arguments: Sequence[str]) -> str:
+    """Arguments as the header of a report gives them: names of files only, and not where it is written."""
+    kept = list(arguments)
+    if "--output" in kept:
+        del kept[kept.index("--output") : kept.index("--output") + 2]
+    return " ".join(Path(a).name if "/" in a else a for a in kept)
+
+
 def describe_load() -> float | None:
     """Load average of the last minute."""
     return describe_machine().load_average

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from ase import Atoms
-from common import header, parser, report, table
+from common import header, parser, report, shown, table
 from torch import nn
 
 from compactmlip.compress.apply import keep_species, prune
@@ -78,10 +78,7 @@ def main(arguments: Sequence[str]) -> None:
     chosen = Frames(
         limited(frames, given.every, given.fit_atoms), limited(held_out, given.every, given.held_out_atoms)
     )
-    shown = list(arguments)
-    if "--output" in shown:
-        del shown[shown.index("--output") : shown.index("--output") + 2]
-    command = " ".join(Path(a).name if "/" in a else a for a in shown)
+    command = shown(arguments)
     title = header("Importance criteria", f"python benchmarks/importance.py {command}")
     report(title + _tables(teacher, chosen, given.plan, given.resamples), given.output)
 

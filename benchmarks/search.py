@@ -16,17 +16,16 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
+import math
 import sys
 import time
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import fmean
 
 import torch
 from ase import Atoms
-from common import header, parser, report, table
+from common import header, parser, report, shown, table
 from torch import nn
 
 from compactmlip.compress.apply import keep_species
@@ -38,7 +37,7 @@ from compactmlip.data.graph import build_graph, collate, energy_and_derivatives
 from compactmlip.data.read import read_structures
 from compactmlip.families import load_model
 from compactmlip.models import model_dtype, model_spec, num_parameters, work
-from compactmlip.search.evaluate import Evaluator, split_frames
+from compactmlip.search.evaluate import Evaluator, Frames, PlanError, errors_on_divisions, split_frames
 from compactmlip.search.options import SearchOptions
 from compactmlip.search.run import MARGIN, scores_file, search
 from compactmlip.search.space import Space
@@ -97,8 +96,8 @@ class Bench:
             model, error = self.final(plan)
             errors[name] = error[1]
             edges = "" if plan.edge_order is None else f", edges l <= {plan.edge_order}"
-            shown = f"{plan.target}{edges}, {plan.importance}"
-            rows.append([name, shown, num_parameters(model), speed, held_out[name], *error])
+            text = f"{plan.target}{edges}, {plan.importance}"
+            rows.append([name, text, num_parameters(model), speed, held_out[name], *error])
         ratio = errors["search"] / errors["best uniform"]
         verdict = "reached" if ratio <= GOAL and speeds[1] >= 0.97 * speeds[0] else "NOT reached"
         text = f"\n{len(self.candidates)} candidates; this call of the search took {minutes:.1f} minutes "
@@ -134,7 +133,7 @@ class Bench:
         frames = split_frames(
             self.frames, self.options.fit_atoms, self.options.held_out_atoms, self.options.seed
         )
-        evaluator = Evaluator(self.teacher, frames, self.shapes, self.scores, self.options.damping)
+        evaluator = self.evaluator(frames)
         found: dict[str, tuple[Plan, float]] = {}
         for text in UNIFORM[: self.given.uniform]:
             highest = len(self.space.uniform(text).channels[0]) - 1
@@ -158,16 +157,13 @@ class Bench:
 
     def checked(self, found: list[tuple[Plan, float]]) -> list[tuple[Plan, float]]:
         """The best, with errors that are means over divisions of the structures, as in the search."""
-        options = self.options
-        best = sorted(found, key=lambda pair: pair[1])[: options.checked]
-        errors = [[error] for _, error in best]
-        for split in range(1, options.splits):
-            seed = options.seed + split
-            frames = split_frames(self.frames, options.fit_atoms, options.held_out_atoms, seed)
-            evaluator = Evaluator(self.teacher, frames, self.shapes, self.scores, options.damping)
-            for row, (plan, _) in zip(errors, best, strict=True):
-                row.append(evaluator.error(plan).forces)
-        return [(plan, fmean(row)) for (plan, _), row in zip(best, errors, strict=True)]
+        best = sorted(found, key=lambda pair: pair[1])[: self.options.checked]
+        known = [(plan, PlanError(math.nan, forces)) for plan, forces in best]
+        errors = errors_on_divisions(self.evaluator, self.frames, known, self.options)
+        return [(plan, error.forces) for (plan, _), error in zip(best, errors, strict=True)]
+
+    def evaluator(self, frames: Frames) -> Evaluator:
+        return Evaluator(self.teacher, frames, self.shapes, self.scores, self.options.damping)
 
     def speeds(self, plans: Sequence[Plan]) -> list[float]:
         graph = build_graph(
@@ -201,10 +197,7 @@ def main(arguments: Sequence[str]) -> None:
     options.add_argument("--seed", type=int, default=0)
     given = options.parse_args(arguments)
     torch.set_num_threads(given.threads)
-    shown = list(arguments)
-    if "--output" in shown:
-        del shown[shown.index("--output") : shown.index("--output") + 2]
-    command = " ".join(Path(a).name if os.sep in a else a for a in shown)
+    command = shown(arguments)
     title = header("Search against uniform plans", f"python benchmarks/search.py {command}")
     report(title + Bench(given).run(), given.output)
 

@@ -29,6 +29,7 @@ from compactmlip.cli_types import (
     print_result,
     species_of,
     symbols_in,
+    until,
 )
 from compactmlip.errors import CompactMLIPError, InputError
 
@@ -249,10 +250,8 @@ def distil(
     from compactmlip.train.distil import DistilOptions, distil as run
     from compactmlip.train.ranks import current_ranks, own_device
 
-    if minutes is not None and epochs is None:
-        settings = ["max_epochs=null", *(settings or [])]
     given: dict[str, Any] = {"max_minutes": minutes, "max_epochs": epochs, "hessian_weight": hessian}
-    options = resolve(DistilOptions, config, settings or [], seed=seed, **given)
+    options = resolve(DistilOptions, config, until(minutes, epochs, settings), seed=seed, **given)
     names = {"energy_key": energy_key, "forces_key": forces_key, "stress_key": stress_key}
     keys: dict[str, Any] = {k: v for k, v in names.items() if v is not None}
     frames = [read_labelled(path, **keys) for path in (train, valid)]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -20,8 +21,12 @@ from compactmlip.cli_types import (
     Settings,
     print_result,
     symbols_in,
+    until,
 )
 from compactmlip.errors import InputError
+
+if TYPE_CHECKING:
+    from compactmlip.train.finetune_options import FinetuneOptions
 
 _Labelled = Annotated[
     list[Path], typer.Option("--train", help="Labelled structures, anything that ASE reads.")
@@ -75,9 +80,7 @@ def finetune(
 ) -> None:
     """Train a model on your own labels, starting exactly where it is; continues after an interruption."""
     from compactmlip.config import resolve
-    from compactmlip.finetune import FinetuneFiles, finetune_files
     from compactmlip.train.finetune_options import FinetuneOptions
-    from compactmlip.train.ranks import current_ranks, own_device
 
     given: dict[str, Any] = {
         "max_minutes": minutes,
@@ -100,23 +103,11 @@ def finetune(
         "dtype": dtype,
         "seed": seed,
     }
-    if minutes is not None and epochs is None:
-        settings = ["max_epochs=null", *(settings or [])]
-    options = resolve(FinetuneOptions, config, settings or [], **given)
-    folder, first = output or Path("compactmlip-finetuned"), current_ranks().first
-    summary = finetune_files(
-        model,
-        FinetuneFiles(train, valid or (), test or (), replay or ()),
-        options,
-        folder,
-        modality=modality,
-        accept_licence=accept_licence,
-        device=own_device(device),
-        progress=not as_json and first,
-        say=lambda text: _say(text, as_json) if first else None,
-    )
-    if first:
-        _print(summary, folder, as_json)
+    options = resolve(FinetuneOptions, config, until(minutes, epochs, settings), **given)
+    files = (train, valid or (), test or (), replay or ())
+    folder = output or Path("compactmlip-finetuned")
+    source = {"modality": modality, "accept_licence": accept_licence}
+    _train(model, files, options, folder, device, as_json, "report.html", **source)
 
 
 def retrain(
@@ -162,8 +153,6 @@ def retrain(
 ) -> None:
     """Train a pruned model on data of its first training; continues after an interruption."""
     from compactmlip.config import resolve
-    from compactmlip.finetune import FinetuneFiles, finetune_files
-    from compactmlip.train.ranks import current_ranks, own_device
     from compactmlip.train.retrain import RetrainOptions
 
     given: dict[str, Any] = {
@@ -185,21 +174,38 @@ def retrain(
         "dtype": dtype,
         "seed": seed,
     }
-    if minutes is not None and epochs is None:
-        settings = ["max_epochs=null", *(settings or [])]
-    options = resolve(RetrainOptions, config, settings or [], **given)
-    folder, first = output or Path("compactmlip-retrained"), current_ranks().first
+    options = resolve(RetrainOptions, config, until(minutes, epochs, settings), **given)
+    folder = output or Path("compactmlip-retrained")
+    _train(model, (train, valid or (), test or ()), options, folder, device, as_json, "summary.json")
+
+
+def _train(
+    model: str,
+    files: tuple[Sequence[Path], ...],
+    options: FinetuneOptions,
+    folder: Path,
+    device: str,
+    as_json: bool,
+    report: str,
+    **source: str | None,
+) -> None:
+    """Train, and print what came of it; of several processes the first one talks."""
+    from compactmlip.finetune import FinetuneFiles, finetune_files
+    from compactmlip.train.ranks import current_ranks, own_device
+
+    first = current_ranks().first
     summary = finetune_files(
         model,
-        FinetuneFiles(train, valid or (), test or ()),
+        FinetuneFiles(*files),
         options,
         folder,
         device=own_device(device),
         progress=not as_json and first,
         say=lambda text: _say(text, as_json) if first else None,
+        **source,
     )
     if first:
-        _print(summary, folder, as_json, "summary.json")
+        _print(summary, folder, as_json, report)
 
 
 def _say(text: str, as_json: bool) -> None:
@@ -216,7 +222,7 @@ def _energies(text: str | None) -> Any:
         raise InputError(f"--e0 {text}: expected energies such as Si=-0.8,O=-1.5 (eV).") from None
 
 
-def _print(summary: dict[str, Any], folder: Path, as_json: bool, report: str = "report.html") -> None:
+def _print(summary: dict[str, Any], folder: Path, as_json: bool, report: str) -> None:
     lines = []
     values: dict[str, Any] = {"output": folder / "model.safetensors", "report": folder / report}
     for name, errors in summary["sets"].items():

@@ -125,6 +125,12 @@ def load_for(
     return keep_species(loaded, species).to(usable_device(device))
 
 
+def until(minutes: float | None, epochs: int | None, settings: list[str] | None) -> list[str]:
+    """Settings of a training: a time alone ends it, however many epochs that are."""
+    by_time = minutes is not None and epochs is None
+    return [*(["max_epochs=null"] if by_time else []), *(settings or [])]
+
+
 def print_result(as_json: bool, text: str, **values: Any) -> None:
     """Print the last line of a command: for people, or with ``--json`` for scripts."""
     print(json.dumps(values, default=str) if as_json else text)

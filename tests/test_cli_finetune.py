@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 import torch
 from ase import Atoms
-from ase.build import bulk
-from cli_runs import run_cli
+from cli_runs import crystals, run_cli
 from torch import nn
 
 from compactmlip.checkpoint import load, save
@@ -37,12 +36,7 @@ def folder(
     with torch.no_grad():
         truth.readout.weight.mul_(1.1)
         truth.energy_shift.sub_(5.0)
-    frames = []
-    for k in range(14):
-        atoms = bulk("MgO", "rocksalt", a=4.21, cubic=True)
-        atoms.rattle(0.1, seed=k)
-        atoms.info["config_type"] = "warm" if k % 2 else "cold"
-        frames.append(atoms)
+    frames = crystals(14, "config_type", "cold", "warm")
     write_labelled(tmp_path / "train.xyz", labelled_by(truth, frames[:12]))
     write_labelled(tmp_path / "test.xyz", labelled_by(truth, frames[12:]))
     monkeypatch.chdir(tmp_path)

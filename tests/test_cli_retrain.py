@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from ase.build import bulk
-from cli_runs import run_cli
+from cli_runs import crystals, run_cli
 from torch import nn
 
 from compactmlip.checkpoint import read_spec, save
@@ -33,12 +32,7 @@ def folder(
     save(pruned, tmp_path / "pruned.safetensors")
     with torch.no_grad():
         truth.readout.weight.mul_(1.1)
-    frames = []
-    for k in range(12):
-        atoms = bulk("MgO", "rocksalt", a=4.21, cubic=True)
-        atoms.rattle(0.1, seed=k)
-        atoms.info["mp_id"] = f"mp-{k % 3}"
-        frames.append(atoms)
+    frames = crystals(12, "mp_id", "mp-0", "mp-1", "mp-2")
     write_labelled(tmp_path / "train.xyz", labelled_by(truth, frames))
     monkeypatch.chdir(tmp_path)
     return tmp_path

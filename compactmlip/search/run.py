@@ -28,7 +28,7 @@ from compactmlip.data.label import label
 from compactmlip.errors import InputError
 from compactmlip.models import model_dtype, model_spec, num_parameters, record_step, work
 from compactmlip.progress import Track
-from compactmlip.search.evaluate import Evaluator, Frames, PlanError, split_frames
+from compactmlip.search.evaluate import Evaluator, Frames, errors_on_divisions, split_frames
 from compactmlip.search.halving import successive_halving
 from compactmlip.search.options import SearchOptions
 from compactmlip.search.record import State, digest_of, identity_of, write_results
@@ -318,22 +318,13 @@ class _Search:
         return Found(chosen, best in good, speedups[best], errors, len(candidates))
 
     def _checked(self, candidates: list[Candidate]) -> list[Candidate]:
-        """The best candidates, with errors that are means over several divisions of the structures.
-
-        The best of hundreds of candidates on one held-out set is partly the luckiest one on it.
-        """
+        """The best candidates, with errors that are means over several divisions of the structures."""
         options = self.options
         best = self._ranked(candidates)[: options.checked]
-        found = [[c.error] for c in best]
+        known = [(c.plan, c.error) for c in best]
         with Track("check", (options.splits - 1) * len(best), "plans", enabled=self.progress) as track:
-            for split in range(1, options.splits):
-                seed = options.seed + split
-                frames = split_frames(self.all_frames, options.fit_atoms, options.held_out_atoms, seed)
-                evaluator = self._evaluator(frames)
-                for errors, candidate in zip(found, best, strict=True):
-                    errors.append(evaluator.error(candidate.plan))
-                    track.advance(1)
-        return self._ranked([replace(c, error=PlanError.mean(e)) for c, e in zip(best, found, strict=True)])
+            errors = errors_on_divisions(self._evaluator, self.all_frames, known, options, track.advance)
+        return self._ranked([replace(c, error=e) for c, e in zip(best, errors, strict=True)])
 
     def _evaluator(self, frames: Frames) -> Evaluator:
         return Evaluator(

@@ -15,13 +15,12 @@ from typing import Any
 import numpy as np
 from ase import Atoms, units
 from ase.data import covalent_radii
-from ase.md.langevin import Langevin
 from pydantic import BaseModel, ConfigDict
 
 from compactmlip.data.neighbors import VerletList
 from compactmlip.errors import CompactMLIPError
 from compactmlip.progress import Track
-from compactmlip.validate.nve import maxwell_boltzmann
+from compactmlip.validate.nve import langevin, maxwell_boltzmann
 from compactmlip.validate.parity import MILLI, Array
 
 RUNGS = (1.0, 2.0, 4.0, 8.0)
@@ -176,34 +175,35 @@ def compare_ladders(
     return Ladder(atoms=len(atoms), model=own, teacher=other)
 
 
-def closest(atoms: Atoms) -> float:
-    """Shortest distance between atoms over the sum of their covalent radii; infinite beyond 1."""
+def closest(atoms: Atoms, search: VerletList | None = None) -> float:
+    """Shortest distance between atoms over the sum of their covalent radii; infinite beyond 1.
+
+    ``search`` is that of :func:`bond_search`, for many structures of one run.
+    """
     radii = covalent_radii[atoms.numbers]
-    search = VerletList(float(2 * radii.max()), skin=0.5)
+    search = search or bond_search(atoms)
     centers, neighbors, vectors = search.edges(atoms)
     if not len(centers):
         return math.inf
     return float((np.linalg.norm(vectors, axis=1) / (radii[centers] + radii[neighbors])).min())
 
 
+def bond_search(atoms: Atoms) -> VerletList:
+    """Neighbour list that reaches as far as atoms of these species touch."""
+    return VerletList(float(2 * covalent_radii[atoms.numbers].max()), skin=0.5)
+
+
 def _rung(
     system: Atoms, temperature_K: float, timestep_fs: float, steps: int, rng: np.random.Generator, end: float
 ) -> tuple[Rung, list[Array]] | None:
     """Run at one temperature, and keep the last frames; None where the time ends before."""
-    dynamics = Langevin(
-        system,
-        timestep_fs * units.fs,
-        temperature_K=temperature_K,
-        friction=FRICTION / (timestep_fs * units.fs),
-        fixcm=False,
-        rng=rng,
-    )
+    dynamics = langevin(system, temperature_K, timestep_fs, FRICTION / timestep_fs, rng)
     temperatures: list[float] = []
     frames: list[Array] = []
-    nearest, failure = math.inf, ""
+    nearest, failure, search = math.inf, "", bond_search(system)
     try:
         for step, _ in enumerate(dynamics.irun(steps)):
-            failure, near, now = _look(system, temperature_K)
+            failure, near, now = _look(system, temperature_K, search)
             nearest = min(nearest, near)
             if failure:
                 failure = f"{failure} at step {step}."
@@ -226,13 +226,13 @@ def _rung(
     return rung, frames
 
 
-def _look(system: Atoms, temperature_K: float) -> tuple[str, float, float]:
+def _look(system: Atoms, temperature_K: float, search: VerletList) -> tuple[str, float, float]:
     """What is wrong, or empty; how close atoms are; and the temperature."""
     now = float(system.get_temperature())
     finite = np.isfinite(system.positions).all() and np.isfinite(system.get_forces()).all()
     if not (finite and math.isfinite(now) and math.isfinite(system.get_potential_energy())):
         return "energy or forces were not finite", math.inf, now
-    near = closest(system)
+    near = closest(system, search)
     if near < TOO_CLOSE:
         return f"two atoms came within {near:.2f} times the sum of their radii", near, now
     if now > RUNAWAY * temperature_K:

@@ -115,6 +115,20 @@ def stop_drift(atoms: Atoms) -> None:
     atoms.set_velocities(velocities - masses @ velocities / masses.sum())
 
 
+def langevin(
+    atoms: Atoms, temperature_K: float, timestep_fs: float, friction: float, rng: np.random.Generator
+) -> Langevin:
+    """Langevin dynamics of all 3N degrees of freedom; ``friction`` in 1/fs."""
+    return Langevin(
+        atoms,
+        timestep_fs * units.fs,
+        temperature_K=temperature_K,
+        friction=friction / units.fs,
+        fixcm=False,
+        rng=rng,
+    )
+
+
 def equilibrate(
     calculator: Any,
     atoms: Atoms,
@@ -139,14 +153,7 @@ def equilibrate(
     system.calc = calculator
     maxwell_boltzmann(system, 2 * temperature_K, rng)
     if steps:
-        dynamics = Langevin(
-            system,
-            timestep_fs * units.fs,
-            temperature_K=temperature_K,
-            friction=FRICTION / units.fs,
-            fixcm=False,
-            rng=rng,
-        )
+        dynamics = langevin(system, temperature_K, timestep_fs, FRICTION, rng)
         failure = advance(dynamics, system, steps, EXPLODED * temperature_K, lambda: None)
         if failure:
             raise CompactMLIPError(f"the equilibration at {temperature_K:g} K failed: {failure}")

@@ -15,13 +15,12 @@ from typing import Any
 
 import numpy as np
 from ase import Atoms, units
-from ase.md.langevin import Langevin
 from pydantic import BaseModel, ConfigDict
 from scipy.stats import gamma, kstest
 
 from compactmlip.errors import CompactMLIPError, InputError
 from compactmlip.progress import Track
-from compactmlip.validate.nve import EXPLODED, advance, equilibrate
+from compactmlip.validate.nve import EXPLODED, advance, equilibrate, langevin
 from compactmlip.validate.parity import Array
 from compactmlip.validate.statistics import Estimate, correlation_time, effective_samples, mean, variance
 
@@ -195,15 +194,7 @@ def nvt(
             track.advance(1)
 
         rng = np.random.default_rng((seed, 1))
-        friction = FRICTION / (timestep_fs * units.fs)
-        dynamics = Langevin(
-            system,
-            timestep_fs * units.fs,
-            temperature_K=temperature_K,
-            friction=friction,
-            fixcm=False,
-            rng=rng,
-        )
+        dynamics = langevin(system, temperature_K, timestep_fs, FRICTION / timestep_fs, rng)
         left = max_seconds - (time.perf_counter() - started)
         failure = advance(dynamics, system, steps, EXPLODED * temperature_K, record, left)
     if len(rows) < 2:
