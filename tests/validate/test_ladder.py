@@ -62,6 +62,12 @@ def test_hole_is_found(argon: Atoms) -> None:
     assert check.verdict == "fail" and f"Broke at {found.model[-1].temperature_K:.0f} K" in check.reason
 
 
+def test_atoms_that_do_not_repel_each_other_meet(argon: Atoms) -> None:
+    """Free atoms: nothing else is wrong with them."""
+    rungs = climb(Pairs(lambda r: 0 * r, lambda r: 0 * r), argon, rungs=(1.0, 2.0, 4.0, 8.0), **HOW)
+    assert "two atoms came within" in rungs[-1].failure and rungs[-1].closest < 0.5
+
+
 def test_another_surface_is_found_by_the_teacher(argon: Atoms) -> None:
     """A model that holds, but on a surface that the teacher does not know."""
     model = Wells(argon.positions, 0.015)
