@@ -1,4 +1,4 @@
-"""Candidates for sampling: perturbed copies of the inputs and snapshots of teacher MD."""
+"""Candidates for sampling: perturbed copies of the inputs, defects of crystals, snapshots of teacher MD."""
 
 from __future__ import annotations
 
@@ -25,10 +25,22 @@ from compactmlip.data.perturb import (
     without_atom,
 )
 from compactmlip.data.sample_options import SampleOptions
+from compactmlip.data.slabs import cleavage_gap, is_network, low_index_planes, slab
+from compactmlip.models import model_spec
 from compactmlip.progress import Track
 
 KINDS = {"rattle": 0.40, "strain": 0.35, "supercell": 0.25}
-"""Shares of the kinds of candidates (where a structure allows them), apart from vacancies and MD."""
+"""Shares of the kinds of candidates (where a structure allows them), apart from defects and MD."""
+
+DEFECT_SHARE = 0.08
+"""Share of vacancies, and of surfaces, in networks of atoms, where the options leave it open."""
+
+GAP_RATIO = 0.6
+"""Planes are cleaved whose gaps are at least this times the widest: (100) and (110) of rock salt, not the
+polar (111); (111) and (110) of diamond; (111), (100) and (110) of fcc metals."""
+
+SLAB_THICKNESS = (8.0, 4.0)
+"""Angstrom; thinner where the first would give too many atoms, but not than the second."""
 
 SMALLEST_CELL = 8
 """Periodic inputs with fewer atoms are repeated before atoms move: images that move together teach little."""
@@ -45,19 +57,35 @@ ATTEMPTS = 5
 
 @dataclass(frozen=True)
 class Source:
-    """One input structure, the cells that are made of it, and the force constants of its atoms."""
+    """One input structure, the cells that are made of it, and the force constants of its atoms.
+
+    ``network``: its bonds run through it in all directions, so that it may have defects of single atoms.
+    """
 
     index: int
     atoms: Atoms
     stiffness: np.ndarray
     base: Repeats
     supercells: list[Repeats]
+    slabs: list[Atoms]
+    network: bool
 
     @property
     def can_have_vacancy(self) -> bool:
         """Whether there is a periodic cell of more than one atom."""
         largest = max((math.prod(r) for r in [self.base, *self.supercells]), default=1)
         return bool(self.atoms.pbc.any()) and largest * len(self.atoms) > 1
+
+    def allows(self, kind: str) -> bool:
+        """Whether it can have a vacancy, or a surface."""
+        return self.can_have_vacancy if kind == "vacancy" else bool(self.slabs)
+
+    def displaced_slab(self, number: int, temperature: float, rng: np.random.Generator) -> Atoms:
+        """Return a slab with thermally displaced atoms, as stiff as those of their species inside."""
+        chosen = self.slabs[number]
+        mean = {z: self.stiffness[self.atoms.numbers == z].mean() for z in set(self.atoms.numbers)}
+        k = np.array([mean[z] for z in chosen.numbers])
+        return displaced(chosen, thermal_sigma(k, temperature), rng)
 
     def displaced(self, repeats: Repeats, temperature: float, rng: np.random.Generator) -> Atoms:
         """Return a repeated cell with thermally displaced atoms."""
@@ -89,8 +117,23 @@ def make_sources(
         supercells = compact_supercells(atoms, options.max_atoms)
         base = _smallest(supercells, SMALLEST_CELL, len(atoms))
         larger = [r for r in supercells if math.prod(r) > math.prod(base)]
-        sources.append(Source(k, atoms, constant, base, larger[:3]))
+        network = is_network(atoms)
+        wanted = options.surfaces or (options.surfaces is None and network)
+        slabs = _slabs(atoms, model_spec(teacher).cutoff, options.max_atoms) if wanted else []
+        sources.append(Source(k, atoms, constant, base, larger[:3], slabs, network))
     return sources
+
+
+def _slabs(atoms: Atoms, cutoff: float, max_atoms: int) -> list[Atoms]:
+    """Slabs along the planes that a crystal prefers, as thick as :data:`SLAB_THICKNESS` and size allow."""
+    if not atoms.pbc.all():
+        return []
+    gaps = {plane: cleavage_gap(atoms, plane)[0] for plane in low_index_planes()}
+    found = []
+    for plane in (p for p, gap in gaps.items() if gap >= GAP_RATIO * max(gaps.values()) - 1e-6):
+        made = (slab(atoms, plane, cutoff + 1.0, thickness) for thickness in SLAB_THICKNESS)
+        found += [system for system in made if len(system) <= max(max_atoms, len(atoms))][:1]
+    return found
 
 
 def evenly(total: int, n: int) -> list[int]:
@@ -116,27 +159,48 @@ def input_candidates(sources: Sequence[Source], most: int) -> list[Atoms]:
     return [_tagged(bare(source.atoms), "input", 0.0, source.index) for source in kept]
 
 
+def defect_shares(sources: Sequence[Source], options: SampleOptions) -> dict[str, float]:
+    """Fraction of vacancies and of surfaces among the candidates.
+
+    Where the options leave it open, networks of atoms have :data:`DEFECT_SHARE` of each, other sources none.
+    """
+    out = {}
+    for kind, given in (("vacancy", options.vacancies), ("surface", options.surfaces)):
+        if given is None:
+            able = [source for source in sources if source.network and source.allows(kind)]
+            out[kind] = DEFECT_SHARE * len(able) / max(1, len(sources))
+        else:
+            out[kind] = given
+    return out
+
+
 def draw_candidates(
     sources: Sequence[Source], number: int, options: SampleOptions, rng: np.random.Generator
 ) -> list[Atoms]:
     """Up to ``number`` candidates with sensible distances; sources and temperatures take turns."""
+    shares = defect_shares(sources, options)
+    able = {"": list(sources)}
+    for kind, given in (("vacancy", options.vacancies), ("surface", options.surfaces)):
+        able[kind] = [s for s in sources if s.allows(kind) and (given is not None or s.network)]
+    weights = [1 - sum(shares.values()), *shares.values()]
     out: list[Atoms] = []
     for k in range(number):
-        vacancy = rng.random() < options.vacancies
-        able = [s for s in sources if s.can_have_vacancy] if vacancy else sources
-        source = able[k % len(able)]
-        temperature = options.temperature[(k // len(able) + k % len(able)) % len(options.temperature)]
+        defect = str(rng.choice(["", *shares], p=weights))
+        suited = able[defect]
+        source = suited[k % len(suited)]
+        temperature = options.temperature[(k // len(suited) + k % len(suited)) % len(options.temperature)]
         for _ in range(ATTEMPTS):
-            candidate = _candidate(source, temperature, vacancy, options, rng)
+            if defect:
+                candidate = _defective(source, temperature, defect, rng)
+            else:
+                candidate = _perfect(source, temperature, options, rng)
             if shortest_ratio(candidate) >= SHORTEST_DISTANCE_RATIO:
                 out.append(candidate)
                 break
     return out
 
 
-def _candidate(
-    source: Source, temperature: float, vacancy: bool, options: SampleOptions, rng: np.random.Generator
-) -> Atoms:
+def _perfect(source: Source, temperature: float, options: SampleOptions, rng: np.random.Generator) -> Atoms:
     periodic = bool(source.atoms.pbc.any())
     possible = {
         "rattle": True,
@@ -144,7 +208,7 @@ def _candidate(
         "supercell": bool(source.supercells),
     }
     weights = np.array([share * possible[kind] for kind, share in KINDS.items()])
-    kind = "vacancy" if vacancy else str(rng.choice(list(KINDS), p=weights / weights.sum()))
+    kind = str(rng.choice(list(KINDS), p=weights / weights.sum()))
     repeats = source.base
     if kind == "supercell" or (source.supercells and kind != "rattle" and rng.random() < 0.5):
         repeats = source.supercells[rng.integers(len(source.supercells))]
@@ -153,9 +217,18 @@ def _candidate(
     atoms = source.displaced(repeats, temperature, rng)
     if kind == "strain":
         atoms = deformed(atoms, random_deformation(atoms, options.strain, options.shear, rng))
-    if kind == "vacancy":
-        atoms = without_atom(atoms, int(rng.integers(len(atoms))))
     return _tagged(atoms, kind, temperature, source.index)
+
+
+def _defective(source: Source, temperature: float, kind: str, rng: np.random.Generator) -> Atoms:
+    """A vacancy, or a surface."""
+    if kind == "surface":
+        atoms = source.displaced_slab(int(rng.integers(len(source.slabs))), temperature, rng)
+        return _tagged(atoms, kind, temperature, source.index)
+    # In the larger cells, where there are any: the fewer vacancies, the more like one alone.
+    cells = source.supercells or [source.base]
+    atoms = source.displaced(cells[rng.integers(len(cells))], temperature, rng)
+    return _tagged(without_atom(atoms, int(rng.integers(len(atoms)))), kind, temperature, source.index)
 
 
 @dataclass(frozen=True)

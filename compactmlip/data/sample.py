@@ -1,7 +1,7 @@
 """Make a diverse set of structures around the user's own, for calibration and distillation.
 
-Candidates are thermal displacements, strained cells, supercells, vacancies and snapshots of short
-teacher MD.  Unphysical ones are discarded; the rest is thinned out by farthest-point selection in the
+Candidates are thermal displacements, strained cells, supercells, vacancies, surfaces and snapshots of
+short teacher MD.  Unphysical ones are discarded; the rest is thinned out by farthest-point selection in the
 teacher's invariant features, within each kind and temperature so that no regime is lost.
 """
 
@@ -42,10 +42,10 @@ def sample(
 ) -> list[Atoms]:
     """Return ``options.n`` diverse structures around the given ones, without labels.
 
-    ``info`` records ``config_type`` (input, rattle, strain, supercell, vacancy or md), ``temperature`` (K;
-    0 for atoms at their ideal places), ``source`` (index of the input) and, for MD, ``trajectory``.
-    Constraints of the inputs are ignored; molecules get no strain, slabs only along periodic directions.
-    The same seed gives the same structures.
+    ``info`` records ``config_type`` (input, rattle, strain, supercell, vacancy, surface or md),
+    ``temperature`` (K; 0 for atoms at their ideal places), ``source`` (index of the input) and, for MD,
+    ``trajectory``.  Constraints of the inputs are ignored; molecules get no strain, slabs only along
+    periodic directions.  The same seed gives the same structures.
 
     Parameters
     ----------
@@ -76,6 +76,11 @@ def sample(
     sources = make_sources(structures, teacher, options, rng_probe)
     if options.vacancies and not any(s.can_have_vacancy for s in sources):
         raise InputError("vacancies need a periodic structure of at least two atoms; raise max_atoms.")
+    if options.surfaces and not any(s.slabs for s in sources):
+        raise InputError(
+            "surfaces need a structure that is periodic in three directions, and room for a slab of it; "
+            "raise max_atoms."
+        )
     pool, descriptors = _pool(sources, teacher, options, (rng_draw, rng_md), progress)
     return [pool[k] for k in _choose(pool, descriptors, options)]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from compactmlip.data.teacher import MAX_EDGES
 
@@ -12,8 +12,8 @@ from compactmlip.data.teacher import MAX_EDGES
 class SampleOptions(BaseModel):
     """What to sample.
 
-    For a small crystal the defaults cost about 2000 atom-evaluations of forces (MD, force constants) and
-    5000 of energies alone.
+    For a small crystal the defaults cost about 2400 atom-evaluations of forces (MD, force constants,
+    defects) and 5000 of energies alone.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -30,7 +30,16 @@ class SampleOptions(BaseModel):
     max_atoms: int = Field(
         24, ge=1, description="largest supercell, atoms; larger inputs are used as they are"
     )
-    vacancies: float = Field(0.0, ge=0, le=1, description="fraction of structures with one vacancy")
+    vacancies: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="fraction of structures with one vacancy; default: 0.08 in crystals whose bonds connect "
+        "each atom with its images in all directions, none elsewhere",
+    )
+    surfaces: float | None = Field(
+        None, ge=0, le=1, description="fraction of slabs cut from the crystal; default: as for vacancies"
+    )
     md_fraction: float = Field(0.25, ge=0, le=1, description="largest fraction of structures from teacher MD")
     md_steps: int = Field(60, ge=1, description="steps per MD run (2 fs, or 1 fs with hydrogen)")
     md_interval: int = Field(6, ge=1, description="steps between snapshots")
@@ -44,6 +53,12 @@ class SampleOptions(BaseModel):
         MAX_EDGES, ge=1, description="edges per batch of the teacher; lower it to save memory"
     )
     seed: int = Field(0, ge=0, description="seed of all random numbers")
+
+    @model_validator(mode="after")
+    def _not_more_than_all(self) -> SampleOptions:
+        if (self.vacancies or 0.0) + (self.surfaces or 0.0) > 1:
+            raise ValueError("vacancies and surfaces are more than all structures")
+        return self
 
     @field_validator("temperature", mode="before")
     @classmethod

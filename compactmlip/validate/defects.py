@@ -11,7 +11,6 @@ plane is the one that the teacher cleaves most easily, cut where the gap between
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Sequence
 from functools import reduce
@@ -19,10 +18,10 @@ from typing import Any
 
 import numpy as np
 from ase import Atoms, units
-from ase.build import surface
 from ase.optimize import BFGS
 from pydantic import BaseModel, ConfigDict
 
+from compactmlip.data.slabs import low_index_planes, slab
 from compactmlip.errors import CompactMLIPError
 from compactmlip.validate.crystal import FORCE_TOLERANCE
 from compactmlip.validate.supercells import near_size
@@ -104,7 +103,7 @@ def compare_defects(
     if plane is not None:
         name = f"surface ({' '.join(map(str, plane))})"
         energies = [surface_energy(calculator, atoms, plane, steps) for calculator, atoms in pairs]
-        found.append(_defect(name, "J/m^2", len(slab(relaxed[1], plane)), energies))
+        found.append(_defect(name, "J/m^2", len(slab(relaxed[1], plane, VACUUM, SLAB_THICKNESS)), energies))
     return tuple(found)
 
 
@@ -170,7 +169,7 @@ def surface_energy(
     plane
         Miller indices with respect to its cell.
     """
-    system = slab(atoms, plane, _vacuum(calculator))
+    system = slab(atoms, plane, _vacuum(calculator), SLAB_THICKNESS)
     inside = _energy(calculator, atoms) / len(atoms) * len(system)
     area = float(np.linalg.norm(np.cross(system.cell[0], system.cell[1])))
     found = [(e - inside) / (2 * area) * J_PER_M2 for e in _at_rest(calculator, system, steps)]
@@ -183,11 +182,8 @@ def easiest_plane(calculator: Any, atoms: Atoms) -> tuple[int, int, int] | None:
     None if all slabs would be too large.
     """
     energies: dict[tuple[int, int, int], float] = {}
-    for h, k, l in itertools.product((1, 0, -1), repeat=3):
-        plane = (h, k, l)
-        if next((index for index in plane if index), 0) <= 0:  # no plane, or its opposite stands for it
-            continue
-        if len(slab(atoms, plane)) <= SLAB_ATOMS:
+    for plane in low_index_planes():
+        if len(slab(atoms, plane, VACUUM, SLAB_THICKNESS)) <= SLAB_ATOMS:
             try:
                 energies[plane] = surface_energy(calculator, atoms, plane, 0)[0]
             except CompactMLIPError:
@@ -196,38 +192,6 @@ def easiest_plane(calculator: Any, atoms: Atoms) -> tuple[int, int, int] | None:
     lowest = min(energies.values(), default=0.0)
     equal = [p for p, energy in energies.items() if energy <= lowest + 1e-3 * abs(lowest)]
     return min(equal, key=lambda p: (sum(map(abs, p)), [-i for i in p])) if equal else None
-
-
-def slab(atoms: Atoms, plane: Sequence[int], vacuum: float = VACUUM) -> Atoms:
-    """Slab at least :data:`SLAB_THICKNESS` thick, cut where the gap between its layers is widest.
-
-    Parameters
-    ----------
-    plane
-        Miller indices with respect to the cell.
-    vacuum
-        Angstrom between the slab and its image.
-    """
-    bare = Atoms(atoms.numbers, cell=atoms.cell, pbc=True)
-    indices, scaled = np.array(plane), atoms.get_scaled_positions()
-    # Heights in units of the spacing of lattice planes; ASE cuts at 0.
-    heights = np.sort((scaled @ indices) % 1.0)
-    gaps = np.diff(np.append(heights, heights[0] + 1))
-    widest = int(np.argmax(gaps > gaps.max() - 1e-3))  # the first of those that differ by rounding
-    cut = heights[widest] + gaps[widest] / 2
-    bare.set_scaled_positions(scaled - cut * indices / (indices @ indices))
-    spacing = _height(surface(bare, tuple(plane), 1, periodic=True))
-    system = surface(bare, tuple(plane), max(1, math.ceil(SLAB_THICKNESS / spacing - 1e-6)), periodic=True)
-    cell = system.cell.array.copy()
-    cell[2, 2] += vacuum  # it is normal to the others
-    system.set_cell(cell)
-    system.positions[:, 2] += vacuum / 2
-    return system
-
-
-def _height(system: Atoms) -> float:
-    """Angstrom along the normal of the first two vectors of a cell."""
-    return float(system.get_volume() / np.linalg.norm(np.cross(system.cell[0], system.cell[1])))
 
 
 def _vacuum(calculator: Any) -> float:

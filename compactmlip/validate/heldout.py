@@ -75,9 +75,13 @@ def _unseen(calculator: Any, frames: Sequence[Atoms]) -> tuple[str, ...]:
 
 
 def calmest(frames: Sequence[Atoms], reference: Labels) -> Atoms:
-    """Return the structure with the smallest forces: nearest to where dynamics can start."""
+    """Return the structure with the smallest forces: nearest to where dynamics can start.
+
+    Sampled defects (:func:`compactmlip.data.sample.sample`) stand for no phase; any other is preferred.
+    """
     largest = [float(np.abs(f).max()) if len(f) > 1 else np.inf for f in reference.forces]
-    return frames[int(np.argmin(largest))]
+    defective = [atoms.info.get("config_type") in ("vacancy", "surface") for atoms in frames]
+    return frames[min(range(len(frames)), key=lambda k: (defective[k], largest[k]))]
 
 
 def typical(frames: Sequence[Atoms], reference: Labels, seed: int) -> Atoms:

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from springs import FORCE_CONSTANT, LENGTH, RANGE, Springs
 from torch import nn
 
-from compactmlip.data.candidates import draw_candidates, make_sources
+from compactmlip.data.candidates import defect_shares, draw_candidates, make_sources
 from compactmlip.data.graph import build_graph, energy_and_derivatives
 from compactmlip.data.md import FORCE_LIMIT
 from compactmlip.data.perturb import shortest_ratio
@@ -43,7 +43,9 @@ def quick(structures: list[Atoms], model: nn.Module, **options: Any) -> list[Ato
 
 
 def test_sample_of_a_crystal(springs: Springs, rocksalt: Atoms) -> None:
-    frames = quick([rocksalt], springs, n=40, max_atoms=16, vacancies=0.1, md_steps=20, md_interval=2)
+    frames = quick(
+        [rocksalt], springs, n=40, max_atoms=16, vacancies=0.1, surfaces=0, md_steps=20, md_interval=2
+    )
     assert len(frames) == 40
     kinds = Counter(a.info["config_type"] for a in frames)
     assert set(kinds) == {"input", "rattle", "strain", "supercell", "vacancy", "md"}
@@ -60,6 +62,52 @@ def test_sample_of_a_crystal(springs: Springs, rocksalt: Atoms) -> None:
             assert atoms.cell.volume / len(atoms) == pytest.approx(rocksalt.cell.volume / 8)
     distinct = {atoms.positions.tobytes() + atoms.cell.array.tobytes() for atoms in frames}
     assert len(distinct) == 40
+
+
+def test_defects_of_a_crystal(springs: Springs, rocksalt: Atoms) -> None:
+    """Asked for or not, a crystal has vacancies in its larger cells and slabs along planes without charge."""
+    frames = quick([rocksalt], springs, n=60, max_atoms=16, md_fraction=0.0)
+    kinds = Counter(a.info["config_type"] for a in frames)
+    assert 2 <= kinds["vacancy"] <= 12 and 2 <= kinds["surface"] <= 12
+    for atoms in (a for a in frames if a.info["config_type"] == "vacancy"):
+        assert len(atoms) == 15 and abs(np.diff([list(atoms.symbols).count(s) for s in ("Mg", "O")])[0]) == 1
+    areas = set()
+    for atoms in (a for a in frames if a.info["config_type"] == "surface"):
+        assert len(atoms) <= 16 and atoms.info["temperature"] > 0 and atoms.pbc.all()
+        assert list(atoms.symbols).count("Mg") == list(atoms.symbols).count("O")
+        heights = atoms.positions[:, 2]
+        assert atoms.cell.lengths()[2] - np.ptp(heights) > RANGE + 1.0
+        areas.add(round(float(np.linalg.norm(np.cross(*atoms.cell.array[:2])) / LENGTH**2), 3))
+    polar = round(2 * 3**0.5, 3)  # area of one formula unit in (111)
+    assert areas and not any(np.isclose(area % polar, 0, atol=1e-2) for area in areas)
+    none = quick([rocksalt], springs, n=20, max_atoms=16, md_fraction=0.0, vacancies=0, surfaces=0)
+    assert {a.info["config_type"] for a in none} <= {"input", "rattle", "strain", "supercell"}
+
+
+def test_molecules_have_no_defects(tiny_model: nn.Module, structures: dict[str, Atoms]) -> None:
+    water = molecule("H2O")
+    water.set_cell([4.0, 4.2, 4.1])
+    water.pbc = True
+    options = SampleOptions(n=30, max_atoms=12, md_fraction=0)
+    (source,) = make_sources([water], tiny_model, options, np.random.default_rng(0))
+    assert not source.network and not source.slabs
+    assert set(defect_shares([source], options).values()) == {0.0}
+    asked = options.model_copy(update={"surfaces": 0.5})
+    (source,) = make_sources([water], tiny_model, asked, np.random.default_rng(0))
+    drawn = draw_candidates([source], 40, asked, np.random.default_rng(0))
+    assert Counter(a.info["config_type"] for a in drawn)["surface"] > 8
+
+
+def test_shares_of_defects_follow_the_networks(tiny_model: nn.Module, structures: dict[str, Atoms]) -> None:
+    options = SampleOptions(n=30, max_atoms=16)
+    crystal, other = structures["crystal"], structures["molecule"]
+    sources = make_sources([crystal, other], tiny_model, options, np.random.default_rng(0))
+    assert [s.network for s in sources] == [True, False]
+    assert defect_shares(sources, options) == {"vacancy": 0.04, "surface": 0.04}
+    given = options.model_copy(update={"vacancies": 0.3})
+    assert defect_shares(sources, given) == {"vacancy": 0.3, "surface": 0.04}
+    drawn = draw_candidates(sources, 200, options, np.random.default_rng(0))
+    assert {a.info["source"] for a in drawn if a.info["config_type"] in ("vacancy", "surface")} == {0}
 
 
 def test_seed_decides_everything(springs: Springs, rocksalt: Atoms) -> None:
@@ -162,7 +210,7 @@ def test_cost_is_as_planned(springs: Springs, rocksalt: Atoms) -> None:
     frames = sample([rocksalt], springs, SampleOptions(), progress=False)
     assert len(frames) == 200
     assert sum(a.info["config_type"] == "md" for a in frames) == 30
-    assert springs.gradients < 1500 + 250 + 200, "MD, force constants, a few suspicious candidates"
+    assert springs.gradients < 1500 + 250 + 200 + 450, "MD, force constants, suspicious candidates, defects"
     assert springs.atom_evaluations - springs.gradients < 2 * 200 * 16, "features of the candidates"
 
 
@@ -177,10 +225,20 @@ def test_bad_input_is_refused(tiny_model: nn.Module, rocksalt: Atoms) -> None:
         quick([squeezed], tiny_model)
     with pytest.raises(InputError, match="vacancies need a periodic structure"):
         quick([molecule("H2O")], tiny_model, vacancies=0.2)
+    with pytest.raises(InputError, match="surfaces need a structure that is periodic in three"):
+        quick([molecule("H2O")], tiny_model, surfaces=0.2)
 
 
 @pytest.mark.parametrize(
-    "options", [{"n": 0}, {"temperature": 0}, {"temperature": ()}, {"md_fraction": 1.5}, {"rattle": 0.1}]
+    "options",
+    [
+        {"n": 0},
+        {"temperature": 0},
+        {"temperature": ()},
+        {"md_fraction": 1.5},
+        {"rattle": 0.1},
+        {"vacancies": 0.6, "surfaces": 0.6},
+    ],
 )
 def test_bad_options_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
@@ -193,6 +251,7 @@ def test_one_temperature_may_be_a_number() -> None:
 
 def test_sampled_amplitude_follows_temperature(springs: Springs, rocksalt: Atoms) -> None:
     options = {"n": 30, "strain": 0.0, "shear": 0.0, "md_fraction": 0.0, "max_atoms": 8}
+    options |= {"vacancies": 0.0, "surfaces": 0.0}
     frames = quick([rocksalt], springs, temperature=(100, 900), **options)
     rms = {
         t: np.sqrt(np.mean([(a.positions - rocksalt.positions) ** 2 for a in frames if _temperature(a) == t]))

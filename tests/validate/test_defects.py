@@ -15,13 +15,11 @@ from compactmlip.validate.checks import Thresholds
 from compactmlip.validate.checks_dynamics import defect_checks
 from compactmlip.validate.defects import (
     J_PER_M2,
-    VACUUM,
     Defect,
     compare_defects,
     easiest_plane,
     evaluations,
     formula,
-    slab,
     surface_energy,
     vacancy_energy,
 )
@@ -102,21 +100,6 @@ def test_cleavage_of_rock_salt(salt: Atoms) -> None:
         unrelaxed, relaxed = surface_energy(Bonds(LENGTH), atoms, plane)
         assert unrelaxed == pytest.approx(expected) and relaxed <= unrelaxed
     assert easiest_plane(Bonds(LENGTH), salt) == (1, 0, 0)
-
-
-def test_slab(salt: Atoms) -> None:
-    """Cut between layers, wherever the atoms lie in the cell; stoichiometric; vacuum as asked for."""
-    rattled = salt.copy()
-    rattled.rattle(1e-4, seed=1)
-    rattled.positions -= 0.3
-    for atoms in (salt, rattled):
-        system = slab(atoms, (1, 0, 0))
-        heights = np.sort(system.positions[:, 2])
-        assert formula(system) == formula(salt)
-        assert np.ptp(heights) == pytest.approx(3 * LENGTH, abs=0.01)
-        gap = system.cell.lengths()[2] - np.ptp(heights)
-        assert gap == pytest.approx(VACUUM + LENGTH, abs=0.01)
-        assert np.allclose(system.cell[2][:2], 0, atol=1e-9)
 
 
 def _verdict(found: tuple[Defect, ...]) -> str:
