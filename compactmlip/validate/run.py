@@ -13,8 +13,10 @@ from ase import Atoms
 
 from compactmlip.data.read import ISOLATED_ATOM
 from compactmlip.errors import InputError, SelfCheckError
+from compactmlip.spec import DTypeName
 from compactmlip.validate import certificate as cert
 from compactmlip.validate.checks import (
+    Check,
     consistency_checks,
     crystal_checks,
     cutoff_checks,
@@ -43,6 +45,7 @@ from compactmlip.validate.options import ValidateOptions
 from compactmlip.validate.output import ValidationData, write_all
 from compactmlip.validate.paired import compare_speed, dynamics
 from compactmlip.validate.parity import Labels, ParityReport, evaluate_frames, parity
+from compactmlip.validate.resume import Parts, identity
 from compactmlip.validate.speed import describe_machine
 from compactmlip.validate.stages import SMALL_CELL, Setting, physics
 from compactmlip.validate.structure import compare_structure
@@ -60,6 +63,9 @@ def validate(
     progress: bool = True,
 ) -> cert.Certificate:
     """Validate a compressed model against its teacher and write the evidence.
+
+    A run that was stopped continues where it was if it is started again with the same files, structures and
+    options.
 
     Parameters
     ----------
@@ -91,16 +97,24 @@ def validate(
     usable = _usable(frames, calculators)
     out = Path(out_dir)
     out.mkdir(parents=True, exist_ok=True)
+    parts = Parts(out, identity(list(paths.values()), frames, options))
 
-    heldout, reference, origin = heldout_structures(usable, calculators, paths["teacher"], options, progress)
-    predicted = evaluate_frames(
-        calculators["model"], heldout, progress=progress, description="Model on held-out"
+    heldout, reference, origin = parts.of(
+        "heldout", lambda: heldout_structures(usable, calculators, paths["teacher"], options, progress)
+    )
+    predicted = parts.of(
+        "predicted",
+        lambda: evaluate_frames(
+            calculators["model"], heldout, progress=progress, description="Model on held-out"
+        ),
     )
     start = usable[0] if origin.origin == "sampled" else calmest(heldout, reference)
     with _same_engine(paths, calculators) as alike:
-        speed = compare_speed(alike, start, options, progress)
-        run, teacher_run, cell = dynamics(alike, start, speed, options, progress)
-        setting = Setting(alike, start, speed, options, progress)
+        speed = parts.of("speed", lambda: compare_speed(alike, start, options, progress))
+        run, teacher_run, cell = parts.of(
+            "dynamics", lambda: dynamics(alike, start, speed, options, progress)
+        )
+        setting = Setting(alike, start, speed, options, progress, parts)
         found = physics(setting, cell, stable=run.summary.stable)
     moves = None
     if teacher_run:
@@ -120,32 +134,36 @@ def validate(
     )
     errors = parity(heldout, reference, predicted)
     dtype = calculators["model"].spec.dtype
-    consistency = check_consistency(
-        calculators["model"],
-        typical(heldout, reference, options.seed),
-        dtype=dtype,
-        seed=options.seed,
-        teacher=calculators["teacher"],
+    consistency = parts.of(
+        "consistency",
+        lambda: check_consistency(
+            calculators["model"],
+            typical(heldout, reference, options.seed),
+            dtype=dtype,
+            seed=options.seed,
+            teacher=calculators["teacher"],
+        ),
     )
     present = {symbol for atoms in heldout for symbol in atoms.get_chemical_symbols()}
     ends = cutoff_step(calculators["model"], sorted(present), calculators["model"].spec.cutoff)
-    engines = _engines(paths["model"], calculators["model"], start)
-    checks = (
-        *parity_checks(errors, options.thresholds),
-        *consistency_checks(consistency, dtype),
-        *engine_checks(engines, dtype),
-        *cutoff_checks(ends, options.thresholds),
-        *nve_checks(run.summary, options.thresholds),
-        *structure_checks(structure[0] if structure else (), options.thresholds),
-        *motion_checks(moves[0] if moves else (), options.thresholds),
-        *thermostat_checks(found.thermostat, options.thresholds),
-        *density_checks(found.density, options.thresholds),
-        *crystal_checks(found.crystal, options.thresholds),
-        *phonon_checks(found.phonons, options.thresholds),
-        *defect_checks(found.defects, options.thresholds),
-        *short_range_checks(found.short_range, options.temperature_K, options.thresholds),
-        *ladder_checks(found.ladder, options.temperature_K, options.thresholds),
-    )
+    engines = parts.of("engines", lambda: _engines(paths["model"], calculators["model"], start))
+    measured: dict[str, Any] = {
+        "parity": errors,
+        "consistency": consistency,
+        "engines": engines,
+        "cutoff": ends,
+        "nve": run.summary,
+        "structure": structure[0] if structure else (),
+        "motion": moves[0] if moves else (),
+        "thermostat": found.thermostat,
+        "ladder": found.ladder,
+        "density": found.density,
+        "crystal": found.crystal,
+        "phonons": found.phonons,
+        "defects": found.defects,
+        "short_range": found.short_range,
+    }
+    checks = _judged(measured, dtype, options)
     certificate = cert.Certificate(
         created_utc=datetime.now(timezone.utc).replace(microsecond=0),
         verdict=overall(checks),
@@ -153,29 +171,39 @@ def validate(
         model=cert.describe_model(paths["model"], calculators["model"].spec),
         teacher=cert.describe_model(paths["teacher"], calculators["teacher"].spec),
         heldout=origin,
-        parity=errors,
         teacher_parity=_teacher_parity(calculators["teacher"], heldout, reference, origin, options, progress),
-        consistency=consistency,
-        engines=engines,
-        cutoff=ends,
-        nve=run.summary,
         teacher_nve=teacher_run.summary if teacher_run else None,
-        structure=structure[0] if structure else (),
-        motion=moves[0] if moves else (),
-        thermostat=found.thermostat,
-        ladder=found.ladder,
-        density=found.density,
-        crystal=found.crystal,
-        phonons=found.phonons,
-        defects=found.defects,
-        short_range=found.short_range,
         speed=tuple(speed),
         stages=tuple(stages),
         machine=machine,
         software=cert.software_versions(),
         options=options.model_dump(mode="json", exclude={"thresholds"}, exclude_none=True),
+        **measured,
     )
-    return write_all(out, certificate, data, build_report(certificate, data))
+    complete = write_all(out, certificate, data, build_report(certificate, data))
+    parts.finish()
+    return complete
+
+
+def _judged(measured: dict[str, Any], dtype: DTypeName, options: ValidateOptions) -> tuple[Check, ...]:
+    """Verdicts on everything that was measured, in the order of the report."""
+    limits = options.thresholds
+    return (
+        *parity_checks(measured["parity"], limits),
+        *consistency_checks(measured["consistency"], dtype),
+        *engine_checks(measured["engines"], dtype),
+        *cutoff_checks(measured["cutoff"], limits),
+        *nve_checks(measured["nve"], limits),
+        *structure_checks(measured["structure"], limits),
+        *motion_checks(measured["motion"], limits),
+        *thermostat_checks(measured["thermostat"], limits),
+        *density_checks(measured["density"], limits),
+        *crystal_checks(measured["crystal"], limits),
+        *phonon_checks(measured["phonons"], limits),
+        *defect_checks(measured["defects"], limits),
+        *short_range_checks(measured["short_range"], options.temperature_K, limits),
+        *ladder_checks(measured["ladder"], options.temperature_K, limits),
+    )
 
 
 def _usable(frames: Sequence[Atoms], calculators: dict[str, Any]) -> list[Atoms]:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from ase import Atoms
 
@@ -23,10 +23,13 @@ from compactmlip.validate.phonons import (
     compare_phonons,
     displacements,
 )
+from compactmlip.validate.resume import Parts
 from compactmlip.validate.short_range import Approach, Curve, approach
 from compactmlip.validate.speed import Speed
 from compactmlip.validate.supercells import near_size
 from compactmlip.validate.thermostat import LONGEST as LONGEST_NVT, WARM_UP, KineticEnergy, nvt
+
+T = TypeVar("T")
 
 SMALL_CELL = 32
 """About how many atoms are around two that come together, and climb the temperature ladder."""
@@ -59,6 +62,11 @@ class Setting:
     speed: Sequence[Speed]
     options: ValidateOptions
     progress: bool = False
+    parts: Parts | None = None
+
+    def keep(self, name: str, compute: Callable[[], T]) -> T:
+        """Return a part of an interrupted run, or compute it and keep it for the next one."""
+        return self.parts.of(name, compute) if self.parts else compute()
 
     def seconds(self, atoms: Atoms, *names: str) -> float:
         """Of one energy with forces by each calculator named, or by both."""
@@ -83,20 +91,21 @@ def physics(setting: Setting, cell: Atoms, *, stable: bool = True) -> Physics:
     stable
         Whether dynamics at constant energy was; if not, none with a thermostat follows.
     """
-    apart, curves = short_range(setting)
-    crystal, relaxed = at_rest(setting)
-    phonons, spectra = vibrations(setting, relaxed)
+    keep = setting.keep
+    apart, curves = keep("short-range", lambda: short_range(setting))
+    crystal, relaxed = keep("crystal", lambda: at_rest(setting))
+    phonons, spectra = keep("phonons", lambda: vibrations(setting, relaxed))
     modulus = crystal.teacher.bulk_modulus if crystal and relaxed else None
     return Physics(
         short_range=tuple(apart),
         curves=tuple(curves),
-        thermostat=thermostat(setting, cell) if stable else None,
-        ladder=ladder(setting),
-        density=density(setting, modulus) if stable else None,
+        thermostat=keep("thermostat", lambda: thermostat(setting, cell)) if stable else None,
+        ladder=keep("ladder", lambda: ladder(setting)),
+        density=keep("density", lambda: density(setting, modulus)) if stable else None,
         crystal=crystal,
         phonons=phonons,
         spectra=spectra,
-        defects=defects(setting, relaxed),
+        defects=keep("defects", lambda: defects(setting, relaxed)),
     )
 
 
@@ -183,7 +192,10 @@ def at_rest(setting: Setting) -> tuple[CrystalComparison | None, tuple[Atoms, At
     if not start.pbc.all() or EVALUATIONS * setting.seconds(start) > setting.options.crystal_seconds:
         return None, None
     found, relaxed = compare_crystals(*setting.pair, start)
-    return found, relaxed if found.model.relaxed and found.teacher.relaxed else None
+    if not (found.model.relaxed and found.teacher.relaxed):
+        return found, None
+    own, other = relaxed
+    return found, (own.copy(), other.copy())  # without calculators
 
 
 def vibrations(

@@ -18,10 +18,19 @@ from pydantic import ValidationError
 from compactmlip import checkpoint
 from compactmlip.data.sample import SampleOptions
 from compactmlip.errors import CheckpointError, InputError, SpeciesError
-from compactmlip.validate import Certificate, Stage, Thresholds, ValidateOptions, validate
+from compactmlip.validate import (
+    Certificate,
+    Stage,
+    Thresholds,
+    ValidateOptions,
+    run,
+    stages as validate_stages,
+    validate,
+)
 from compactmlip.validate.checks import Check, overall
 from compactmlip.validate.heldout import heldout_structures, typical
 from compactmlip.validate.parity import Labels, labels_of
+from compactmlip.validate.resume import FOLDER
 
 FAST = ValidateOptions(
     n_heldout=3,
@@ -178,6 +187,31 @@ def test_given_labels_are_the_reference(validated, files, tmp_path):
     assert certificate.verdict == "fail" and certificate.teacher_nve is None
     report = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "the teacher against the same reference" in report
+
+
+def test_a_stopped_validation_continues(validated, files, tmp_path, monkeypatch):
+    """What was measured is not measured again, and the numbers are those of an undisturbed run."""
+    whole, _ = validated
+    crystal = bulk("MgO", "rocksalt", a=4.21, cubic=True)
+    arguments = (files / "student.safetensors", files / "teacher.safetensors", [crystal], FAST, tmp_path)
+
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(run, "check_consistency", stop)
+        with pytest.raises(KeyboardInterrupt):
+            validate(*arguments, progress=False)
+    assert {p.name for p in tmp_path.iterdir()} == {FOLDER}
+    with monkeypatch.context() as patched:
+        for name in ("heldout_structures", "compare_speed", "dynamics"):
+            patched.setattr(run, name, stop)
+        for name in ("short_range", "at_rest", "vibrations", "ladder"):
+            patched.setattr(validate_stages, name, stop)
+        certificate = validate(*arguments, progress=False)
+    assert not (tmp_path / FOLDER).exists()
+    for name in ("heldout", "parity", "consistency", "short_range", "crystal"):
+        assert getattr(certificate, name) == getattr(whole, name), name
 
 
 def test_unusable_input_stops_before_any_work(files, tmp_path):
