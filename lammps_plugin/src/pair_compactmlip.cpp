@@ -209,7 +209,8 @@ void PairCompactMLIP::evaluate(const Member& member) {
   check_finite(member);
 }
 
-// An atom whose energy or force is not finite stops the run: integrating it would spoil all others.
+// An atom whose energy or force is not finite stops the run: integrating it would spoil all others.  The processes agree
+// on it first, so that all stop with the same message; of one that stops alone, mpirun may lose what it has said.
 void PairCompactMLIP::check_finite(const Member& member) {
   const auto finite = [](double value) { return std::isfinite(value); };
   int bad = -1;
@@ -217,10 +218,15 @@ void PairCompactMLIP::check_finite(const Member& member) {
   const auto slope = std::find_if_not(gradient_.begin(), gradient_.end(), finite);
   if (energy != energies_.end()) bad = system_.atom_of_node(energy - energies_.begin());
   else if (slope != gradient_.end()) bad = system_.center((slope - gradient_.begin()) / 3);
-  if (bad < 0) return;
-  error->one(FLERR, "pair_style compactmlip: {} gives an energy or force that is not finite at atom {} ({}) in "
+  // ID and type of the atom in one number, exact up to 2^53.
+  const int64_t types = atom->ntypes + 1, mine = bad < 0 ? -1 : int64_t{atom->tag[bad]} * types + atom->type[bad];
+  std::vector<double> found{static_cast<double>(mine)};
+  find_largest(found);
+  if (found[0] < 0.0) return;
+  const int64_t both = static_cast<int64_t>(found[0]);
+  error->all(FLERR, "pair_style compactmlip: {} gives an energy or force that is not finite at atom {} ({}) in "
              "step {}; the structure may be far from what the model knows (atoms very close, time step too long)",
-             member.path, atom->tag[bad], elements[map[atom->type[bad]]], update->ntimestep);
+             member.path, both / types, elements[map[both % types]], update->ntimestep);
 }
 
 void PairCompactMLIP::add_energies() {
