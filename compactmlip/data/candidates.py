@@ -22,7 +22,7 @@ from compactmlip.data.perturb import (
     random_deformation,
     shortest_ratio,
     thermal_sigma,
-    without_atom,
+    with_vacancy,
 )
 from compactmlip.data.sample_options import SampleOptions
 from compactmlip.data.slabs import cleavage_gap, is_network, low_index_planes, slab
@@ -67,14 +67,14 @@ class Source:
     stiffness: np.ndarray
     base: Repeats
     supercells: list[Repeats]
+    vacancy_cells: list[Repeats]
     slabs: list[Atoms]
     network: bool
 
     @property
     def can_have_vacancy(self) -> bool:
         """Whether there is a periodic cell of more than one atom."""
-        largest = max((math.prod(r) for r in [self.base, *self.supercells]), default=1)
-        return bool(self.atoms.pbc.any()) and largest * len(self.atoms) > 1
+        return bool(self.atoms.pbc.any()) and math.prod(self.vacancy_cells[0]) * len(self.atoms) > 1
 
     def allows(self, kind: str) -> bool:
         """Whether it can have a vacancy, or a surface."""
@@ -120,7 +120,9 @@ def make_sources(
         network = is_network(atoms)
         wanted = options.surfaces or (options.surfaces is None and network)
         slabs = _slabs(atoms, model_spec(teacher).cutoff, options.max_atoms) if wanted else []
-        sources.append(Source(k, atoms, constant, base, larger[:3], slabs, network))
+        # A wide one, for a vacancy alone, and the next, for training to be quick.
+        wide = compact_supercells(atoms, max(options.max_atoms, options.vacancy_atoms))[:2]
+        sources.append(Source(k, atoms, constant, base, larger[:3], wide or [base], slabs, network))
     return sources
 
 
@@ -225,10 +227,9 @@ def _defective(source: Source, temperature: float, kind: str, rng: np.random.Gen
     if kind == "surface":
         atoms = source.displaced_slab(int(rng.integers(len(source.slabs))), temperature, rng)
         return _tagged(atoms, kind, temperature, source.index)
-    # In the larger cells, where there are any: the fewer vacancies, the more like one alone.
-    cells = source.supercells or [source.base]
-    atoms = source.displaced(cells[rng.integers(len(cells))], temperature, rng)
-    return _tagged(without_atom(atoms, int(rng.integers(len(atoms)))), kind, temperature, source.index)
+    repeats = source.vacancy_cells[rng.integers(len(source.vacancy_cells))]
+    atoms = source.displaced(repeats, temperature, rng)
+    return _tagged(with_vacancy(atoms, int(rng.integers(len(atoms))), rng), kind, temperature, source.index)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 from ase import Atoms
 from ase.data import covalent_radii
+from ase.geometry import find_mic
 from ase.units import kB
 
 from compactmlip.data.graph import neighbor_list
@@ -21,6 +22,9 @@ SIGMA_RANGE = (0.01, 0.3)
 
 MAX_ASPECT = 2.5
 """Largest ratio of a supercell's heights along periodic directions, unless the input's is larger."""
+
+BREATHING = 0.1
+"""Of the distance: relaxations around vacancies in oxides, semiconductors and metals are smaller."""
 
 Repeats = tuple[int, int, int]
 
@@ -111,10 +115,18 @@ def deformed(atoms: Atoms, deformation: np.ndarray) -> Atoms:
     return out
 
 
-def without_atom(atoms: Atoms, index: int) -> Atoms:
-    """Remove one atom."""
+def with_vacancy(atoms: Atoms, index: int, rng: np.random.Generator) -> Atoms:
+    """Remove one atom and let the others come closer, or withdraw.
+
+    Around a point defect in an isotropic elastic solid atoms move along the radius by an amount that falls
+    off as 1/r^2; that of the nearest neighbours is uniform in +-:data:`BREATHING` of their distance.
+    """
     out = bare(atoms)
     del out[index]
+    vectors, lengths = find_mic(out.positions - atoms.positions[index], out.cell, out.pbc)
+    nearest = lengths.min()
+    amplitude = rng.uniform(-BREATHING, BREATHING) * nearest
+    out.positions += amplitude * (nearest**2 / lengths**3)[:, None] * vectors
     return out
 
 

@@ -37,6 +37,12 @@ class SampleOptions(BaseModel):
         description="fraction of structures with one vacancy; default: 0.08 in crystals whose bonds connect "
         "each atom with its images in all directions, none elsewhere",
     )
+    vacancy_atoms: int = Field(
+        64,
+        ge=1,
+        description="largest supercell with a vacancy, atoms, where that is more than max_atoms: vacancies "
+        "and their images should not see each other",
+    )
     surfaces: float | None = Field(
         None, ge=0, le=1, description="fraction of slabs cut from the crystal; default: as for vacancies"
     )

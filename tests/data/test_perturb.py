@@ -8,11 +8,13 @@ import pytest
 from ase import Atoms, units
 from ase.build import bulk, fcc111, molecule
 from ase.data import covalent_radii
+from ase.geometry import find_mic
 from springs import FORCE_CONSTANT, LENGTH, RANGE, Springs
 
 from compactmlip.data.graph import build_graph, energy_and_derivatives
 from compactmlip.data.md import stiffness, teacher_trajectory
 from compactmlip.data.perturb import (
+    BREATHING,
     compact_supercells,
     deformed,
     displaced,
@@ -20,6 +22,7 @@ from compactmlip.data.perturb import (
     random_deformation,
     shortest_ratio,
     thermal_sigma,
+    with_vacancy,
 )
 
 
@@ -139,3 +142,20 @@ def test_exploding_md_is_cut_short(springs: Springs, rocksalt: Atoms, rng: np.ra
     frames = teacher_trajectory(start, unstable, 300.0, steps=400, interval=5, rng=rng)
     assert len(frames) < 40
     assert all(shortest_ratio(f) > 0.6 for f in frames)
+
+
+def test_atoms_around_a_vacancy_move_along_the_radius(rng: np.random.Generator) -> None:
+    """By an amount that falls off as 1/r^2, at most a tenth of the shortest distance, either way."""
+    crystal = bulk("MgO", "rocksalt", a=4.2, cubic=True).repeat(3)
+    largest = []
+    for index in (0, 77, 150):
+        out = with_vacancy(crystal, index, rng)
+        perfect = crystal[[k for k in range(len(crystal)) if k != index]]
+        vectors, lengths = find_mic(perfect.positions - crystal.positions[index], crystal.cell, True)
+        moved = out.positions - perfect.positions
+        along = np.einsum("ij,ij->i", moved, vectors) / lengths
+        np.testing.assert_allclose(moved, along[:, None] * vectors / lengths[:, None], atol=1e-12)
+        np.testing.assert_allclose(along * lengths**2, along[0] * lengths[0] ** 2, rtol=1e-6)
+        largest.append(np.abs(along).max() / 2.1)
+        assert out.symbols.count(crystal.symbols[index]) == 107
+    assert len(crystal) == 216 and 0 < max(largest) <= BREATHING
