@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from browser import CHROMIUM, check
 import torch
 from ase import Atoms
 from cli_runs import crystals, run_cli
@@ -89,6 +90,8 @@ def test_from_files_to_a_model_and_a_report(folder: Path, run: Run) -> None:
     assert summary["e0"]["shifts"].keys() == {"O", "Mg"} and summary["removed_species"] == ["H", "C", "Si"]
     assert len(read_labelled("out/valid.xyz")) == 1
     report = (folder / "out" / "report.html").read_text()
+    if CHROMIUM:
+        check(folder / "out" / "report.html")
     parser = Outside()
     parser.feed(report)
     assert parser.found == []

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from browser import check, needs_browser
 
 ROOT = Path(__file__).resolve().parents[1]
 QUICKSTART = os.environ.get("COMPACTMLIP_QUICKSTART_DIR")
@@ -135,6 +136,14 @@ def test_quickstart_leaves_the_files_that_the_readme_names(workdir: Path) -> Non
 
 
 @needs_quickstart
+@needs_quickstart
+@needs_browser
+def test_report_in_a_browser() -> None:
+    """With every section that a real validation fills."""
+    assert QUICKSTART is not None
+    check(Path(QUICKSTART) / "report.html")
+
+
 @pytest.mark.timeout(BLOCK_TIMEOUT + 60)
 @pytest.mark.parametrize("block", RUNNABLE, ids=lambda b: f"{b.language}-line-{b.line}")
 def test_block_runs(block: Block, workdir: Path) -> None:

@@ -6,6 +6,7 @@ from importlib import resources
 from typing import TYPE_CHECKING
 
 from compactmlip.validate.certificate import Certificate, Stage
+from compactmlip.validate.checks import Check
 from compactmlip.validate.nve import Drift
 from compactmlip.validate.report import figures
 from compactmlip.validate.report.formats import (
@@ -60,6 +61,7 @@ def build_report(certificate: Certificate, data: ValidationData) -> str:
         css=Markup(package.joinpath("report.css").read_text(encoding="utf-8")),
         figures=drawn,
         summary=_summary(certificate),
+        checks=_worst_first(certificate),
         headline=_headline(certificate),
         rows=_stage_rows(certificate),
         crystal_rows=_crystal_rows(certificate),
@@ -87,12 +89,26 @@ def _figures(c: Certificate, data: ValidationData) -> dict[str, str]:
     }
 
 
+ADVICE = {
+    "pass": "As far as it was checked, this file can stand in for its teacher.",
+    "warn": "This file can stand in for its teacher, but be careful with what the warnings are about:",
+    "fail": "Do not use this file for what failed, nor for anything before you know why it failed:",
+}
+"""What a person should do, before any number."""
+
+SEVERITY = ("pass", "warn", "fail")
+
+
 def _summary(c: Certificate) -> str:
     counts = {v: sum(check.verdict == v for check in c.checks) for v in ("pass", "warn", "fail")}
     parts = [f"{counts['pass']} of {len(c.checks)} checks passed"]
     parts += [f"{counts['warn']} with a warning"] if counts["warn"] else []
     parts += [f"{counts['fail']} failed"] if counts["fail"] else []
-    return ", ".join(parts) + "."
+    return ", ".join(parts) + ". " + ADVICE[c.verdict]
+
+
+def _worst_first(c: Certificate) -> list[Check]:
+    return sorted(c.checks, key=lambda check: -SEVERITY.index(check.verdict))
 
 
 def _headline(c: Certificate) -> list[tuple[str, str, str]]:
