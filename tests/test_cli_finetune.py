@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from browser import CHROMIUM, check
 import torch
 from ase import Atoms
+from browser import CHROMIUM, check
 from cli_runs import crystals, run_cli
 from torch import nn
 

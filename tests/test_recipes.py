@@ -44,7 +44,7 @@ def run(monkeypatch: pytest.MonkeyPatch, recipe: str, *arguments: object) -> Non
 
 def test_all_are_tested_and_explained() -> None:
     scripts = {p.parent.name for p in RECIPES.glob("*/run.py")}
-    assert scripts == {"mgo-crystal", "electrolyte", "molecule", "water"}
+    assert scripts == {"mgo-crystal", "silicon", "electrolyte", "molecule", "water"}
     index = (RECIPES / "README.md").read_text()
     for name in scripts | {"lammps"}:
         assert (RECIPES / name / "README.md").is_file() and f"({name}/README.md)" in index
@@ -64,6 +64,32 @@ def test_mgo(tiny: Any, tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
     assert atoms.get_potential_energy() / 8 == pytest.approx(found["energies_eV"][4], abs=1e-4)
     if "phonons_THz" in found:
         assert len(found["phonons_THz"]) == 6**3 * 6 and np.isfinite(found["phonons_THz"]).all()
+
+
+def test_silicon(tiny: Any, tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
+    """Labels of one model with another zero of energy: it has no errors, and another model has some."""
+    teacher, other = tiny("Si"), tiny("Si", "O")
+    frames = []
+    for k in range(4):
+        atoms = bulk("Si", cubic=True, a=5.4)
+        atoms.rattle(0.05, seed=k)
+        atoms.calc = CompactMLIPCalculator(teacher)
+        atoms.info["REF_energy"] = atoms.get_potential_energy() - 7.9 * len(atoms)
+        atoms.new_array("REF_forces", atoms.get_forces())
+        atoms.info["config_type"] = "warm" if k % 2 else "cold"
+        atoms.calc = None
+        frames.append(atoms)
+    ase.io.write(tmp_path / "test.xyz", frames)
+    models = ["--model", teacher, other, "--name", "teacher", "other"]
+    run(monkeypatch, "silicon", "--smoke", "--test", tmp_path / "test.xyz", *models, "-o", tmp_path)
+    found = json.loads((tmp_path / "results.json").read_text())
+    assert (tmp_path / "errors.png").stat().st_size > 5000 and "C44 (GPa)" in capsys.readouterr().out
+    for kind, number in (("all", 4), ("warm", 2), ("cold", 2)):
+        own, wrong = (found[name]["errors"]["by_type"][kind] for name in ("teacher", "other"))
+        assert own["frames"] == number
+        assert own["energy_meV_per_atom"] < 0.01 and own["forces_meV_per_A"] < 0.01
+        assert wrong["forces_meV_per_A"] > 1
+    assert np.isfinite(list(found["teacher"]["properties"].values())).all()
 
 
 def test_molecule(tiny: Any, tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
