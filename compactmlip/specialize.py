@@ -42,17 +42,17 @@ from compactmlip.validate.certificate import Certificate, Stage
 from compactmlip.validate.options import ValidateOptions
 from compactmlip.validate.run import validate
 
-VALIDATION_SHARE = 0.35
+VALIDATION_SHARE = 0.42
 """Share of the time budget that is kept for compiling and validating."""
 
 VALIDATION_BUDGETS = {
-    "nve_seconds": 0.1,
-    "teacher_nve_seconds": 0.05,
+    "nve_seconds": 0.085,
+    "teacher_nve_seconds": 0.07,
     "nvt_seconds": 0.015,
-    "ladder_seconds": 0.03,
-    "npt_seconds": 0.04,
-    "defect_seconds": 0.02,
-    "speed_seconds": 0.016,
+    "ladder_seconds": 0.055,
+    "npt_seconds": 0.055,
+    "defect_seconds": 0.025,
+    "speed_seconds": 0.012,
 }
 """Shares of the time budget for parts of the validation, where the options do not say otherwise."""
 
