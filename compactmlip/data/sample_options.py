@@ -34,7 +34,7 @@ class SampleOptions(BaseModel):
         None,
         ge=0,
         le=1,
-        description="fraction of structures with one vacancy; default: 0.08 in crystals whose bonds connect "
+        description="fraction of structures with one vacancy; default: 0.14 in crystals whose bonds connect "
         "each atom with its images in all directions, none elsewhere",
     )
     vacancy_atoms: int = Field(
@@ -44,7 +44,10 @@ class SampleOptions(BaseModel):
         "and their images should not see each other",
     )
     surfaces: float | None = Field(
-        None, ge=0, le=1, description="fraction of slabs cut from the crystal; default: as for vacancies"
+        None,
+        ge=0,
+        le=1,
+        description="fraction of slabs cut from the crystal; default: 0.08 in such crystals",
     )
     md_fraction: float = Field(0.25, ge=0, le=1, description="largest fraction of structures from teacher MD")
     md_steps: int = Field(60, ge=1, description="steps per MD run (2 fs, or 1 fs with hydrogen)")
