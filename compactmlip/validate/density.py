@@ -8,7 +8,6 @@ the volume are not those of the ensemble, and nothing is derived from them.
 from __future__ import annotations
 
 import math
-import time
 from typing import Any
 
 import numpy as np
@@ -18,7 +17,7 @@ from pydantic import BaseModel, ConfigDict
 
 from compactmlip.errors import CompactMLIPError, InputError
 from compactmlip.progress import Track
-from compactmlip.validate.nve import EXPLODED, equilibrate
+from compactmlip.validate.nve import EXPLODED, advance, equilibrate
 from compactmlip.validate.parity import Array
 from compactmlip.validate.statistics import Estimate, effective_samples, mean, relative_difference
 
@@ -177,34 +176,28 @@ def npt(
             taup=BAROSTAT_FS * units.fs,
             compressibility_au=1 / ((bulk_modulus or BULK_MODULUS) * units.GPa),
         )
-        failure = _follow(dynamics, system, steps, temperature_K, rows, max_seconds)
+        start = system.get_volume()
+        failure = advance(
+            dynamics,
+            system,
+            steps,
+            EXPLODED * temperature_K,
+            lambda: _observe(system, rows, start),
+            max_seconds,
+        )
     except CompactMLIPError as error:
         failure = f"the run stopped: {error}"
     return _density(atoms, np.array(rows).reshape(-1, 3), failure)
 
 
-def _follow(
-    dynamics: Any,
-    system: Atoms,
-    steps: int,
-    temperature_K: float,
-    rows: list[tuple[float, float, float]],
-    max_seconds: float,
-) -> str:
-    """Advance, collecting volume, pressure and temperature; return what went wrong, or an empty string."""
-    end, start = time.perf_counter() + max_seconds, system.get_volume()
-    for step, _ in enumerate(dynamics.irun(steps)):
-        volume, now = system.get_volume(), system.get_temperature()
-        if not (math.isfinite(now) and math.isfinite(volume)) or now > EXPLODED * temperature_K:
-            return f"the temperature reached {now:.0f} K at step {step}."
-        change = volume / start
-        if not 1 / LARGEST_CHANGE < change < LARGEST_CHANGE:
-            return f"the volume changed by a factor of {change:.2f} until step {step}: a gas, or empty space."
-        pressure = -np.trace(system.get_stress(voigt=False, include_ideal_gas=True)) / 3
-        rows.append((volume, float(pressure) / units.GPa, float(now)))
-        if time.perf_counter() > end:
-            break
-    return ""
+def _observe(system: Atoms, rows: list[tuple[float, float, float]], start: float) -> str | None:
+    """Collect volume, pressure and temperature; say if the cell has left all bounds."""
+    volume = system.get_volume()
+    if not 1 / LARGEST_CHANGE < volume / start < LARGEST_CHANGE:
+        return f"the volume changed by a factor of {volume / start:.2f} (a gas, or empty space)"
+    pressure = -np.trace(system.get_stress(voigt=False, include_ideal_gas=True)) / 3
+    rows.append((volume, float(pressure) / units.GPa, system.get_temperature()))
+    return None
 
 
 def _density(atoms: Atoms, rows: Array, failure: str) -> Density:

@@ -234,17 +234,21 @@ def advance(
     atoms: Atoms,
     steps: int,
     hottest: float,
-    record: Callable[[], None],
+    record: Callable[[], str | None],
     max_seconds: float = float("inf"),
 ) -> str:
-    """Advance until the steps are done or the time is over; return what went wrong, or an empty string."""
+    """Advance until the steps are done or the time is over; return what went wrong, or an empty string.
+
+    ``record`` is called at every step, the start included; what it returns ends the run.
+    """
     end = time.perf_counter() + max_seconds
     try:
         for step, _ in enumerate(dynamics.irun(steps)):
             temperature = atoms.get_temperature()
             if not (np.isfinite(temperature) and np.isfinite(atoms.get_potential_energy())):
                 return f"energy or forces are not finite at step {step}."
-            record()
+            if failure := record():
+                return f"{failure} at step {step}."
             if temperature > hottest:
                 return f"the temperature reached {temperature:.0f} K at step {step}."
             if time.perf_counter() > end:

@@ -75,11 +75,6 @@ def variance(samples: Array) -> Estimate:
     return Estimate(factor * found.value, factor * found.error)
 
 
-def difference(one: Estimate, other: Estimate) -> Estimate:
-    """Difference of two independent estimates."""
-    return Estimate(one.value - other.value, math.hypot(one.error, other.error))
-
-
 def relative_difference(one: Estimate, other: Estimate) -> Estimate:
     """(one - other) / other of two independent estimates, to first order in the errors."""
     if other.value == 0:

@@ -8,7 +8,6 @@ import pytest
 from compactmlip.validate.statistics import (
     Estimate,
     correlation_time,
-    difference,
     effective_samples,
     mean,
     relative_difference,
@@ -52,7 +51,6 @@ def test_constant_and_single_samples() -> None:
 
 
 def test_differences() -> None:
-    assert difference(Estimate(5, 3), Estimate(1, 4)) == Estimate(4, 5)
     relative = relative_difference(Estimate(11, 0.3), Estimate(10, 0.4))
     assert relative.value == pytest.approx(0.1)
     assert relative.error == pytest.approx(np.hypot(0.03, 1.1 * 0.04))
