@@ -15,6 +15,7 @@ import numpy as np
 from ase import Atoms
 
 from compactmlip.checkpoint import atomic_write
+from compactmlip.data.database import is_database, read_database
 from compactmlip.data.extxyz import check_whole, write_frames
 from compactmlip.errors import InputError, did_you_mean
 
@@ -29,6 +30,8 @@ _VOIGT = ((0, 0), (1, 1), (2, 2), (1, 2), (0, 2), (0, 1))
 def read_structures(paths: str | Path | Sequence[str | Path]) -> list[Atoms]:
     """Read all frames of one or several files, in any format that ASE reads.
 
+    ASE databases (and folders of LMDB ones) come with their key-value pairs as ``info``.
+
     Raises
     ------
     InputError
@@ -41,16 +44,17 @@ def read_structures(paths: str | Path | Sequence[str | Path]) -> list[Atoms]:
 
 
 def _read_file(path: Path, *, labelled: bool = False) -> list[Atoms]:
-    if not path.is_file():
+    database = is_database(path)
+    if not path.is_file() and not database:
         kind = "is a folder, not a file" if path.is_dir() else "no such file"
         names = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
         raise InputError(f"{path}: {kind}.{did_you_mean(path.name, names)}")
     try:
-        if path.stat().st_size == 0:
+        if path.is_file() and path.stat().st_size == 0:
             raise InputError(f"{path}: the file is empty.")
         if path.name.removesuffix(".gz").endswith(_XYZ_SUFFIXES):
             check_whole(path, ended=labelled)
-        frames = ase.io.read(path, index=":")
+        frames = read_database(path) if database else ase.io.read(path, index=":")
     except InputError:
         raise
     except Exception as error:  # ASE's readers raise whatever their parsing trips over

@@ -15,6 +15,7 @@ from torch.nn.utils import clip_grad_norm_
 
 from compactmlip.errors import CompactMLIPError
 from compactmlip.progress import Track
+from compactmlip.train.board import Board
 from compactmlip.train.dataset import Dataset, LabelledBatch
 from compactmlip.train.loss import loss_terms, number_of_entries, residuals
 from compactmlip.train.metrics import dataset_residuals, summarise
@@ -79,6 +80,13 @@ def fit(
     if state.counters.stopped is not None:
         return
     run = _Run(state, train, valid, options, folder, clock)
+    with run.board:
+        _train(run, title, progress)
+    run.save()
+
+
+def _train(run: _Run, title: str, progress: bool) -> None:
+    state = run.state
     begin = run.used()
     with Track(title, 100 * (1 - begin), "%", enabled=progress and run.ranks.first) as track:
         run.report = lambda note: track.advance(100 * (run.used() - begin) - track.done, note)
@@ -93,7 +101,6 @@ def fit(
         except KeyboardInterrupt:
             run.save_interrupted()
             raise
-    run.save()
 
 
 @dataclass
@@ -122,6 +129,7 @@ class _Run:
     ) -> None:
         self.state, self.train, self.valid = state, train, valid
         self.options, self.folder, self.ranks = options, folder, current_ranks()
+        self.board = Board(folder.path if options.tensorboard and self.ranks.first else None)
         self.own_clock, self.clock = clock, self.ranks.agreed(clock)
         self.report: Callable[[str], None] = lambda note: None
         self.device = next(state.model.parameters()).device
@@ -266,6 +274,7 @@ class _Run:
         self.errors = str(errors)
         if self.ranks.first:
             self.folder.write_history(now.history)
+        self.board.add(now.history[-1])
         return True
 
     def on_plateau(self) -> bool:

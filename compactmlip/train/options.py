@@ -12,7 +12,9 @@ from compactmlip.spec import DTypeName
 Schedule = Literal["cosine", "linear", "exponential", "constant", "plateau"]
 Loss = Literal["huber", "universal", "mse"]
 
-BOOKKEEPING = frozenset({"checkpoint_minutes", "labels", "accept", "drop", "forgetting_structures"})
+BOOKKEEPING = frozenset(
+    {"checkpoint_minutes", "tensorboard", "labels", "accept", "drop", "forgetting_structures"}
+)
 """Options that do not change the training (what they do to the frames shows in the frames): a run may be
 resumed with others."""
 
@@ -65,6 +67,9 @@ class TrainOptions(BaseModel):
     hessian_every: int = Field(default=1, ge=1, description="steps from one use of the Hessian to the next")
 
     checkpoint_minutes: float = Field(default=5.0, ge=0, description="minutes between resume files")
+    tensorboard: bool = Field(
+        default=False, description="write the numbers of history.csv for TensorBoard as well"
+    )
     retries: int = Field(default=3, ge=0, description="halvings of the learning rate after NaN or infinity")
     seed: int = Field(default=0, ge=0, description="seed of the order of the batches")
     dtype: DTypeName = Field(default="float32", description="precision of the training")
