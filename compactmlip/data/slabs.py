@@ -57,7 +57,7 @@ def _rank(start: int, bonds: csr_matrix, edges: tuple[np.ndarray, np.ndarray, np
 
 def low_index_planes() -> list[Plane]:
     """Miller indices of -1, 0 and 1, one of each pair of opposites."""
-    planes = itertools.product((1, 0, -1), repeat=3)
+    planes: list[Plane] = [(h, k, l) for h, k, l in itertools.product((1, 0, -1), repeat=3)]
     return [plane for plane in planes if next((index for index in plane if index), 0) > 0]
 
 

@@ -54,7 +54,11 @@ class Parts:
             with path.open("rb") as file:
                 return cast(T, pickle.load(file))
         found = compute()
-        atomic_write(path, lambda temporary: temporary.write_bytes(pickle.dumps(found)) and None)
+
+        def write(temporary: Path) -> None:
+            temporary.write_bytes(pickle.dumps(found))
+
+        atomic_write(path, write)
         return found
 
     def finish(self) -> None:
@@ -72,7 +76,7 @@ def identity(models: Sequence[Path], frames: Sequence[Atoms], options: ValidateO
     update_with_structures(digest, frames)
     for atoms in frames:
         for name, values in sorted({**atoms.arrays, **atoms.info}.items()):
-            digest.update(name.encode() + (_bytes(values)))
+            digest.update(name.encode() + _bytes(values))
     parts: list[Any] = [sha256(path) for path in models]
     parts += [digest.hexdigest(), options.model_dump_json(), __version__]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
