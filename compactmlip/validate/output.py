@@ -53,7 +53,7 @@ def write_all(out: Path, certificate: Certificate, data: ValidationData, report:
 
 
 def _labelled(data: ValidationData) -> list[Atoms]:
-    """Structures with the reference as labels, and nothing else."""
+    """Structures with the reference as labels and their kind, and nothing else."""
     labelled = []
     for k, atoms in enumerate(data.frames):
         frame = Atoms(atoms.numbers, atoms.positions, cell=atoms.cell, pbc=atoms.pbc)
@@ -61,6 +61,8 @@ def _labelled(data: ValidationData) -> list[Atoms]:
         frame.arrays["REF_forces"] = data.reference.forces[k]
         if np.isfinite(data.reference.stresses[k]).all():
             frame.info["REF_stress"] = data.reference.stresses[k]
+        if "config_type" in atoms.info:
+            frame.info["config_type"] = atoms.info["config_type"]
         labelled.append(frame)
     return labelled
 

@@ -70,8 +70,25 @@ class ErrorStats(BaseModel):
     r2: float | None
 
 
+class KindErrors(BaseModel):
+    """Mean absolute errors on structures of one kind, meV/atom and meV/Angstrom.
+
+    ``mean_force`` is the mean length of the reference force on an atom, meV/Angstrom.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
+
+    frames: int
+    energy: float
+    forces: float
+    mean_force: float
+
+
 class ParityReport(BaseModel):
-    """Errors of energies, forces (all, and per species) and stresses on ``frames`` structures."""
+    """Errors of energies, forces (all, and per species) and stresses on ``frames`` structures.
+
+    ``by_kind`` has a row for each ``config_type`` of the structures, if there are several.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
 
@@ -83,6 +100,7 @@ class ParityReport(BaseModel):
     forces: ErrorStats
     forces_by_species: dict[str, ErrorStats]
     stress: ErrorStats | None
+    by_kind: dict[str, KindErrors] = {}
 
 
 def error_stats(reference: Array, predicted: Array, unit: str, *, centered: bool = False) -> ErrorStats:
@@ -150,7 +168,25 @@ def parity(frames: Sequence[Atoms], reference: Labels, predicted: Labels) -> Par
         stress=error_stats(reference.stresses[known], predicted.stresses[known], "meV/A^3")
         if known.any()
         else None,
+        by_kind=_by_kind(frames, reference, predicted),
     )
+
+
+def _by_kind(frames: Sequence[Atoms], reference: Labels, predicted: Labels) -> dict[str, KindErrors]:
+    kinds = np.array([str(atoms.info.get("config_type", "other")) for atoms in frames])
+    found = {}
+    for kind in sorted(set(kinds.tolist())):
+        members = np.flatnonzero(kinds == kind)
+        errors = [(predicted.energies[k] - reference.energies[k]) / len(frames[k]) for k in members]
+        true = np.concatenate([reference.forces[k] for k in members])
+        difference = np.concatenate([predicted.forces[k] for k in members]) - true
+        found[kind] = KindErrors(
+            frames=len(members),
+            energy=float(MILLI * np.abs(errors).mean()),
+            forces=float(MILLI * np.abs(difference).mean()),
+            mean_force=float(MILLI * np.linalg.norm(true, axis=1).mean()),
+        )
+    return found if len(found) > 1 else {}
 
 
 def has_labels(frames: Sequence[Atoms]) -> bool:

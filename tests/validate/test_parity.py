@@ -79,6 +79,17 @@ def test_parity_is_per_atom_and_per_species_and_skips_unknown_stress():
     assert report.mean_force == 0.0
 
 
+def test_errors_by_kind_of_structure():
+    frames, reference, predicted = _labels()
+    assert parity(frames, reference, predicted).by_kind == {}
+    frames[1].info["config_type"] = "vacancy"
+    found = parity(frames, reference, predicted).by_kind
+    assert list(found) == ["other", "vacancy"] and found["vacancy"].frames == 1
+    assert found["other"].energy == pytest.approx(5) and found["other"].forces == pytest.approx(10)
+    assert found["vacancy"].energy == pytest.approx(10)
+    assert found["vacancy"].forces == pytest.approx((3 * 20 + 50) / 4)
+
+
 def test_labels_must_belong_to_the_structures():
     frames, reference, predicted = _labels()
     with pytest.raises(InputError, match="does not belong"):

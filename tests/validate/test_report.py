@@ -191,6 +191,17 @@ def test_teacher_is_compared_with_labels_that_are_not_its_own(evidence):
     assert "the teacher against the same reference" not in own
 
 
+def test_errors_by_kind_of_structure(evidence, html):
+    certificate, data = evidence()
+    assert "kind-errors" not in html
+    for k, atoms in enumerate(frames := [a.copy() for a in data.frames]):
+        atoms.info["config_type"] = "a & b" if k % 2 else "md"
+    found = parity(frames, data.reference, data.predicted)
+    text = build_report(certificate.model_copy(update={"parity": found}), data)
+    assert "kind-errors" in text and "a &amp; b" in text
+    assert number(found.by_kind["md"].forces) in Page(text).words
+
+
 def test_same_input_same_report(evidence, html):
     assert build_report(*evidence()) == html
 
