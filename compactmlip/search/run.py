@@ -176,7 +176,7 @@ class _Search:
                     break
                 if count and self.clock() - begin > total:
                     break
-                if not study.knows(plan):
+                if self.space.cuts(plan) and not study.knows(plan):
                     study.add(self._candidate(plan, evaluator, source))
                     best = self._ranked(study.candidates)[0]
                     note = f"{best.error.forces:.1f} meV/A at {1 / best.time:.1f}x"

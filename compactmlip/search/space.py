@@ -103,6 +103,10 @@ class Space:
             found[CRITERION] = self.criteria.index(plan.importance)
         return found
 
+    def cuts(self, plan: Plan) -> bool:
+        """Whether the plan leaves less than the whole model."""
+        return not all(mask.all() for mask in self.shapes.masks(plan).values())
+
     def effect(self, plan: Plan) -> str:
         """What the plan leaves, as a text: plans that differ only in what has no effect have the same."""
         name = plan.model_copy(update={"made_by": {}}).to_json()

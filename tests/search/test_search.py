@@ -262,6 +262,25 @@ def test_nothing_to_exchange(teacher: nn.Module) -> None:
     assert exchanged(space, space.uniform("4x0+2x1", 1), lambda plan: 2.0, rng) is None
 
 
+def test_the_whole_model_is_no_candidate(
+    teacher: nn.Module, frames: list[Atoms], tmp_path: Path, fake_speed: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which fits a generous target, but cannot be cut."""
+    space = Space(Shapes(teacher), 1)
+    whole = Plan.of(space.full, edge_order=space.edge_orders, odd_paths=True)
+    assert not space.cuts(whole) and space.cuts(space.uniform("4x0+2x1", 1))
+    own = module.seeds
+
+    def first_the_whole(*arguments: Any) -> Any:
+        yield "whole", whole
+        yield from own(*arguments)
+
+    monkeypatch.setattr(module, "seeds", first_the_whole)
+    found = search(teacher, frames, SearchOptions(candidates=2, **SMALL), tmp_path, progress=False)
+    assert found.candidates == 2 and space.cuts(found.chosen.plan)
+    assert '"whole"' not in (tmp_path / "front.json").read_text()
+
+
 def test_exchanges_find_what_pays(teacher: nn.Module, tmp_path: Path) -> None:
     """An error that depends on single places, at equal numbers of channels: far below the uniform plan's."""
     space = Space(Shapes(teacher), 1)
