@@ -136,7 +136,6 @@ def test_quickstart_leaves_the_files_that_the_readme_names(workdir: Path) -> Non
 
 
 @needs_quickstart
-@needs_quickstart
 @needs_browser
 def test_report_in_a_browser() -> None:
     """With every section that a real validation fills."""
@@ -144,6 +143,7 @@ def test_report_in_a_browser() -> None:
     check(Path(QUICKSTART) / "report.html")
 
 
+@needs_quickstart
 @pytest.mark.timeout(BLOCK_TIMEOUT + 60)
 @pytest.mark.parametrize("block", RUNNABLE, ids=lambda b: f"{b.language}-line-{b.line}")
 def test_block_runs(block: Block, workdir: Path) -> None:
