@@ -176,7 +176,7 @@ def _by_kind(frames: Sequence[Atoms], reference: Labels, predicted: Labels) -> d
     kinds = np.array([str(atoms.info.get("config_type", "other")) for atoms in frames])
     found = {}
     for kind in sorted(set(kinds.tolist())):
-        members = np.flatnonzero(kinds == kind)
+        members = np.flatnonzero(kinds == kind).tolist()
         errors = [(predicted.energies[k] - reference.energies[k]) / len(frames[k]) for k in members]
         true = np.concatenate([reference.forces[k] for k in members])
         difference = np.concatenate([predicted.forces[k] for k in members]) - true
