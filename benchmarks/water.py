@@ -26,6 +26,7 @@ from common import header, report, shown, table
 from compactmlip import CompactMLIPCalculator
 from compactmlip.data.read import read_labelled
 from compactmlip.validate.nve import SAMPLE_EVERY, equilibrate, nve
+from compactmlip.validate.parity import evaluate_frames, labels_of, parity
 from compactmlip.validate.structure import radial_distributions
 
 TEMPERATURE_K, TIMESTEP_FS = 300.0, 0.5
@@ -104,14 +105,8 @@ def simulate(file: Path, start: Atoms, picoseconds: float) -> dict[str, Any]:
 
 def errors(file: Path, frames: list[Atoms]) -> list[float]:
     """Mean absolute errors: meV/atom and meV/Angstrom, against the labels."""
-    calculator = CompactMLIPCalculator(file)
-    energies, forces = [], []
-    for frame in frames:
-        atoms = frame.copy()
-        atoms.calc = calculator
-        energies.append(abs(atoms.get_potential_energy() - frame.info["REF_energy"]) / len(atoms))
-        forces.append(np.abs(atoms.get_forces() - frame.arrays["REF_forces"]).mean())
-    return [1000 * float(np.mean(energies)), 1000 * float(np.mean(forces))]
+    found = parity(frames, labels_of(frames), evaluate_frames(CompactMLIPCalculator(file), frames))
+    return [found.energy.mae, found.forces.mae]
 
 
 def tables(results: dict[str, dict[str, Any]]) -> str:

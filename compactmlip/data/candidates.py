@@ -162,19 +162,26 @@ def input_candidates(sources: Sequence[Source], most: int) -> list[Atoms]:
     return [_tagged(bare(source.atoms), "input", 0.0, source.index) for source in kept]
 
 
+def able_sources(sources: Sequence[Source], options: SampleOptions) -> dict[str, list[Source]]:
+    """Sources of each kind of defect: those that can have it if the options ask for it, else networks."""
+    asked = {"vacancy": options.vacancies, "surface": options.surfaces}
+    return {
+        kind: [s for s in sources if s.allows(kind) and (share is not None or s.network)]
+        for kind, share in asked.items()
+    }
+
+
 def defect_shares(sources: Sequence[Source], options: SampleOptions) -> dict[str, float]:
     """Fraction of vacancies and of surfaces among the candidates.
 
     Where the options leave it open, networks of atoms have :data:`DEFECT_SHARES`, other sources none.
     """
-    out = {}
-    for kind, given in (("vacancy", options.vacancies), ("surface", options.surfaces)):
-        if given is None:
-            able = [source for source in sources if source.network and source.allows(kind)]
-            out[kind] = DEFECT_SHARES[kind] * len(able) / max(1, len(sources))
-        else:
-            out[kind] = given
-    return out
+    shares = {"vacancy": options.vacancies, "surface": options.surfaces}
+    able = able_sources(sources, options)
+    return {
+        kind: share if share is not None else DEFECT_SHARES[kind] * len(able[kind]) / max(1, len(sources))
+        for kind, share in shares.items()
+    }
 
 
 def draw_candidates(
@@ -182,9 +189,7 @@ def draw_candidates(
 ) -> list[Atoms]:
     """Up to ``number`` candidates with sensible distances; sources and temperatures take turns."""
     shares = defect_shares(sources, options)
-    able = {"": list(sources)}
-    for kind, given in (("vacancy", options.vacancies), ("surface", options.surfaces)):
-        able[kind] = [s for s in sources if s.allows(kind) and (given is not None or s.network)]
+    able = {"": list(sources), **able_sources(sources, options)}
     weights = [1 - sum(shares.values()), *shares.values()]
     out: list[Atoms] = []
     for k in range(number):

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 from torch import nn
 
+from compactmlip.data.config_types import grouped
 from compactmlip.data.teacher import evaluate
 from compactmlip.errors import InputError
 from compactmlip.progress import Track
@@ -173,10 +174,8 @@ def parity(frames: Sequence[Atoms], reference: Labels, predicted: Labels) -> Par
 
 
 def _by_kind(frames: Sequence[Atoms], reference: Labels, predicted: Labels) -> dict[str, KindErrors]:
-    kinds = np.array([str(atoms.info.get("config_type", "other")) for atoms in frames])
     found = {}
-    for kind in sorted(set(kinds.tolist())):
-        members = np.flatnonzero(kinds == kind).tolist()
+    for kind, members in sorted(grouped(frames, unnamed="other").items()):
         errors = [(predicted.energies[k] - reference.energies[k]) / len(frames[k]) for k in members]
         true = np.concatenate([reference.forces[k] for k in members])
         difference = np.concatenate([predicted.forces[k] for k in members]) - true
@@ -186,7 +185,7 @@ def _by_kind(frames: Sequence[Atoms], reference: Labels, predicted: Labels) -> d
             forces=float(MILLI * np.abs(difference).mean()),
             mean_force=float(MILLI * np.linalg.norm(true, axis=1).mean()),
         )
-    return found if len(found) > 1 else {}
+    return found
 
 
 def has_labels(frames: Sequence[Atoms]) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from compactmlip import CompactMLIPCalculator
 from compactmlip.data.read import read_labelled
 from compactmlip.validate.crystal import crystal
 from compactmlip.validate.defects import vacancy_energy
+from compactmlip.validate.parity import evaluate_frames, labels_of, parity
 
 PROPERTIES = {
     "lattice_constant_A": "lattice constant (Angstrom)",
@@ -28,24 +30,15 @@ PROPERTIES = {
 
 def errors(calculator: Any, frames: list[Any]) -> dict[str, Any]:
     """Mean absolute errors by configuration type: meV/atom without a common shift, and meV/Angstrom."""
-    energies, forces, kinds = [], [], []
-    for frame in frames:
-        atoms = frame.copy()
-        atoms.calc = calculator
-        energies.append((atoms.get_potential_energy() - frame.info["REF_energy"]) / len(atoms))
-        forces.append(np.abs(atoms.get_forces() - frame.arrays["REF_forces"]).mean())
-        kinds.append(str(frame.info.get("config_type", "all")))
+    labels, found = labels_of(frames), evaluate_frames(calculator, frames)
     # Another code or pseudopotential puts the zero of energy elsewhere; only differences have a meaning.
-    shifted = 1000 * np.abs(np.array(energies) - np.median(energies))
-    found: dict[str, Any] = {"by_type": {}}
-    for kind in ["all", *sorted(set(kinds) - {"all"})]:
-        chosen = [kind in ("all", k) for k in kinds]
-        found["by_type"][kind] = {
-            "frames": sum(chosen),
-            "energy_meV_per_atom": float(shifted[chosen].mean()),
-            "forces_meV_per_A": float(1000 * np.array(forces)[chosen].mean()),
-        }
-    return found
+    sizes = np.array([len(atoms) for atoms in frames])
+    shift = np.median((found.energies - labels.energies) / sizes)
+    compared = parity(frames, labels, replace(found, energies=found.energies - shift * sizes))
+    rows = {"all": (compared.frames, compared.energy.mae, compared.forces.mae)}
+    rows |= {kind: (row.frames, row.energy, row.forces) for kind, row in compared.by_kind.items()}
+    names = ("frames", "energy_meV_per_atom", "forces_meV_per_A")
+    return {"by_type": {kind: dict(zip(names, row, strict=True)) for kind, row in rows.items()}}
 
 
 def properties(calculator: Any, smoke: bool) -> dict[str, float]:

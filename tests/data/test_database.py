@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import builtins
+import sys
 from pathlib import Path
-from typing import Any
 
 import ase.db
 import numpy as np
@@ -94,14 +93,7 @@ def test_what_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises(InputError, match="empty: is a folder, not a file"):
         read_structures(tmp_path / "empty")
     (tmp_path / "set.aselmdb").write_bytes(b"x")
-    present = builtins.__import__
-
-    def without(name: str, *arguments: Any, **more: Any) -> Any:
-        if name == "ase_db_backends":
-            raise ImportError(name)
-        return present(name, *arguments, **more)
-
-    monkeypatch.setattr(builtins, "__import__", without)
+    monkeypatch.setitem(sys.modules, "ase_db_backends", None)
     with pytest.raises(InputError, match=r"need the package ase-db-backends \(pip install '.\[lmdb\]'\)"):
         read_structures(tmp_path / "set.aselmdb")
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import builtins
 import csv
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -74,13 +74,6 @@ def test_nothing_is_written_unasked(student: nn.Module, frames: list[Atoms], tmp
 def test_missing_package(
     student: nn.Module, frames: list[Atoms], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    present = builtins.__import__
-
-    def without(name: str, *arguments: Any, **more: Any) -> Any:
-        if name == "tensorboard":
-            raise ImportError(name)
-        return present(name, *arguments, **more)
-
-    monkeypatch.setattr(builtins, "__import__", without)
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
     with pytest.raises(InputError, match=r"needs the package tensorboard"):
         _train(student, frames, tmp_path)

@@ -28,7 +28,7 @@ from compactmlip.validate import (
     validate,
 )
 from compactmlip.validate.checks import Check, overall
-from compactmlip.validate.heldout import heldout_structures, typical
+from compactmlip.validate.heldout import calmest, heldout_structures, typical
 from compactmlip.validate.parity import Labels, labels_of
 from compactmlip.validate.resume import FOLDER
 
@@ -212,6 +212,19 @@ def test_a_stopped_validation_continues(validated, files, tmp_path, monkeypatch)
     assert not (tmp_path / FOLDER).exists()
     for name in ("heldout", "parity", "consistency", "short_range", "crystal"):
         assert getattr(certificate, name) == getattr(whole, name), name
+
+
+def test_dynamics_do_not_start_from_a_sampled_defect():
+    """Unless there is nothing else, however small the forces in it are."""
+    frames = [bulk("Cu", cubic=True) for _ in range(3)]
+    forces = tuple(np.full((4, 3), size) for size in (0.1, 0.3, 0.2))
+    labels = Labels(np.zeros(3), forces, np.zeros((3, 6)))
+    assert calmest(frames, labels) is frames[0]
+    frames[0].info["config_type"] = "vacancy"
+    assert calmest(frames, labels) is frames[2]
+    for atoms in frames:
+        atoms.info["config_type"] = "surface"
+    assert calmest(frames, labels) is frames[0]
 
 
 def test_unusable_input_stops_before_any_work(files, tmp_path):
