@@ -71,6 +71,7 @@ def test_labels_in_the_data_of_a_row(tmp_path: Path, rng: np.random.Generator) -
     water.pbc = True
     forces, tensor = rng.normal(size=(3, 3)), np.diag([1.0, 2.0, 3.0])
     data = {"dft_forces": forces, "dft_stress": tensor, "charges": np.arange(3.0), "origin": {"code": "x"}}
+    data["mean_stress"] = tensor
     with ase.db.connect(tmp_path / "set.db") as database:
         database.write(water, key_value_pairs={"dft_energy": -3.25}, data=data)
     keys = {"energy_key": "dft_energy", "forces_key": "dft_forces", "stress_key": "dft_stress"}
@@ -79,6 +80,7 @@ def test_labels_in_the_data_of_a_row(tmp_path: Path, rng: np.random.Generator) -
     np.testing.assert_array_equal(found.arrays["REF_forces"], forces)
     np.testing.assert_array_equal(found.info["REF_stress"], [1, 2, 3, 0, 0, 0])
     np.testing.assert_array_equal(found.arrays["charges"], np.arange(3.0))
+    assert "mean_stress" in found.info and "mean_stress" not in found.arrays
 
 
 def test_what_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from torch import nn
 
 from compactmlip.errors import InputError
 from compactmlip.train import loop
-from compactmlip.train.board import FOLDER
+from compactmlip.train.board import FOLDER, Board
 from compactmlip.train.distil import DistilOptions, distil
 from compactmlip.train.state import HISTORY_FILE
 
@@ -64,6 +64,16 @@ def test_an_interrupted_run_draws_each_step_once(
     _train(student, frames, tmp_path)
     steps = [step for step, _ in _scalars(tmp_path)["valid_loss"]]
     assert steps == sorted(set(steps)) and len(steps) == 5
+
+
+def test_what_is_written_again_replaces_what_was_there(tmp_path: Path) -> None:
+    """As after a crash: the events are newer than the state from which the run goes on."""
+    pytest.importorskip("tensorboard")
+    for values in ({10: 1.0, 20: 2.0, 30: 3.0}, {20: 4.0, 30: 5.0}):
+        with Board(tmp_path) as board:
+            for step, value in values.items():
+                board.add({"epoch": 1, "steps": step, "valid_loss": value})
+    assert _scalars(tmp_path)["valid_loss"] == [(10, 1.0), (20, 4.0), (30, 5.0)]
 
 
 def test_nothing_is_written_unasked(student: nn.Module, frames: list[Atoms], tmp_path: Path) -> None:
