@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 from html.parser import HTMLParser
+from importlib import resources
 
 import numpy as np
 import pytest
@@ -120,6 +121,20 @@ def test_structure_for_readers_and_machines(page):
     scrolls = [a for a in page.all("div") if a.get("class", "").startswith("scroll")]
     assert len(scrolls) == len(page.all("table")) + 1 == 6  # tables and the energy trace
     assert all(a["tabindex"] == "0" and (a.get("aria-label") or a["aria-labelledby"]) for a in scrolls)
+
+
+def test_regions_are_not_named_as_their_sections():
+    """In any section, also those that this certificate does not fill: both are landmarks."""
+    folder = resources.files("compactmlip.validate.report")
+    for name in ("report.html.j2", "dynamics.html.j2", "finetuning.html.j2"):
+        text = folder.joinpath(name).read_text(encoding="utf-8")
+        regions = re.findall(r'aria-label="([^"]+)"', text)
+        sections = re.findall(r"<h2[^>]*>([^<]+)</h2>", text) + re.findall(
+            r'begin\("[^"]+", "([^"]+)"\)', text
+        )
+        assert len(sections) > 4 and len(regions) == len(set(regions))
+        plain = {title.replace('"validation" if table.name == "valid" else ', "") for title in sections}
+        assert regions and not set(regions) & plain, name
 
 
 def test_numbers_of_the_certificate_are_shown(evidence, page):
