@@ -46,8 +46,9 @@ VALIDATION_SHARE = 0.42
 """Share of the time budget that is kept for compiling and validating."""
 
 VALIDATION_BUDGETS = {
-    "nve_seconds": 0.085,
-    "teacher_nve_seconds": 0.07,
+    "nve_seconds": 0.07,
+    "teacher_nve_seconds": 0.03,
+    "ensemble_seconds": 0.15,
     "nvt_seconds": 0.015,
     "ladder_seconds": 0.055,
     "npt_seconds": 0.055,

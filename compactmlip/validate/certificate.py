@@ -20,6 +20,7 @@ from compactmlip.validate.cutoff import CutoffStep
 from compactmlip.validate.defects import Defect
 from compactmlip.validate.density import DensityComparison
 from compactmlip.validate.engines import EngineParity
+from compactmlip.validate.ensemble import Sampling
 from compactmlip.validate.ladder import Ladder
 from compactmlip.validate.motion import MotionComparison
 from compactmlip.validate.nve import NVESummary
@@ -29,8 +30,9 @@ from compactmlip.validate.short_range import Approach
 from compactmlip.validate.speed import Machine, Speed
 from compactmlip.validate.structure import Distribution
 from compactmlip.validate.thermostat import KineticEnergy
+from compactmlip.validate.vibration import Vibration
 
-SCHEMA_VERSION: Literal[1] = 1
+SCHEMA_VERSION: Literal[2] = 2
 """Version of the JSON layout written by this release."""
 
 
@@ -84,7 +86,7 @@ class Heldout(_Frozen):
 class Certificate(_Frozen):
     """Everything that was measured, with the identity of both files and the verdicts."""
 
-    schema_version: Literal[1] = SCHEMA_VERSION
+    schema_version: Literal[2] = SCHEMA_VERSION
     created_utc: datetime
     verdict: Verdict
     checks: tuple[Check, ...]
@@ -101,7 +103,9 @@ class Certificate(_Frozen):
     teacher_nve: NVESummary | None = None
     crystal: CrystalComparison | None = None
     phonons: Phonons | None = None
+    sampling: Sampling | None = None
     structure: tuple[Distribution, ...] = ()
+    vibration: tuple[Vibration, ...] = ()
     motion: tuple[MotionComparison, ...] = ()
     thermostat: KineticEnergy | None = None
     ladder: Ladder | None = None

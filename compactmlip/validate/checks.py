@@ -124,32 +124,32 @@ class Thresholds(_Frozen):
     structure: Limit = Limit(
         good=5.0,
         bad=10.0,
-        reason="Integrated difference of radial distribution functions to the teacher's, beyond twice the "
-        "statistical noise, of the pair of species that differs most.",
+        reason="Integrated difference of radial distribution functions to the teacher's, beyond what chance "
+        "does in one of a hundred comparisons, of the pair of species that differs most.",
     )
     thermostat_mean: Limit = Limit(
         good=2.0,
         bad=5.0,
         reason="Mean kinetic energy of all atoms, and of each species, against the thermostat's temperature, "
-        "beyond three standard errors. 2 % is what a time step of a twelfth of a period does.",
+        "beyond what chance does once in 370 runs. 2 % is what a time step of a twelfth of a period does.",
     )
     thermostat_variance: Limit = Limit(
         good=10.0,
         bad=25.0,
-        reason="Variance of the kinetic energy against the canonical one, beyond three standard errors. "
-        "Thermostats that only rescale velocities have too little.",
+        reason="Variance of the kinetic energy against the canonical one, beyond what chance does once in "
+        "370 runs. Thermostats that only rescale velocities have too little.",
     )
     diffusion: Limit = Limit(
         good=20.0,
         bad=50.0,
-        reason="Diffusion coefficient against the teacher's, beyond three standard errors. 20 % is a change "
-        "of temperature by some 10 K in water.",
+        reason="Diffusion coefficient against the teacher's, beyond what chance does once in 370 "
+        "comparisons. 20 % is a change of temperature by some 10 K in water.",
     )
     amplitude: Limit = Limit(
         good=10.0,
         bad=25.0,
-        reason="Mean square displacement from the sites against the teacher's, beyond three standard errors. "
-        "It is inversely proportional to the stiffness.",
+        reason="Mean square displacement from the sites against the teacher's, beyond what chance does once "
+        "in 370 comparisons. It is inversely proportional to the stiffness.",
     )
     ladder: Limit = Limit(
         good=0.5,
@@ -160,7 +160,8 @@ class Thresholds(_Frozen):
     density: Limit = Limit(
         good=1.0,
         bad=3.0,
-        reason="Against the teacher at the same temperature and pressure, beyond three standard errors.",
+        reason="Against the teacher at the same temperature and pressure, beyond what chance does once in "
+        "370 comparisons.",
     )
     defects: Limit = Limit(
         good=15.0,

@@ -93,9 +93,11 @@ class DensityComparison(BaseModel):
     @property
     def difference(self) -> Estimate:
         """Relative difference of the densities, percent."""
-        own = Estimate(self.model.density, self.model.density_error)
-        found = relative_difference(own, Estimate(self.teacher.density, self.teacher.density_error))
-        return Estimate(100 * found.value, 100 * found.error)
+        own, other = (
+            Estimate(one.density, one.density_error, one.effective - 1) for one in (self.model, self.teacher)
+        )
+        found = relative_difference(own, other)
+        return Estimate(100 * found.value, 100 * found.error, found.degrees)
 
 
 def compare_densities(

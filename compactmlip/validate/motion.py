@@ -1,15 +1,14 @@
-"""How atoms move: diffusion, or vibration about sites, of model and teacher from the same start.
+"""How atoms move: diffusion, of model and teacher from the same start.
 
 The mean square displacement after a time t is 6 D t where atoms diffuse (Einstein; Frenkel and Smit,
 Understanding Molecular Simulation, section 4.4), 3 kB T t^2 / m before they meet anything, and bounded by
-twice the mean square displacement <u^2> from the sites in a crystal.  There D means nothing, and <u^2>
-(Debye-Waller's B = 8 pi^2 <u^2> / 3) is compared instead.  In a periodic cell of edge L, D of a liquid is too
-small by 2.84 kB T / (6 pi eta L) (Yeh and Hummer, J. Phys. Chem. B 108, 15873 (2004)), for both alike.
+twice the mean square displacement from the sites in a crystal, where D means nothing (see
+:mod:`compactmlip.validate.vibration`).  In a periodic cell of edge L, D of a liquid is too small by
+2.84 kB T / (6 pi eta L) (Yeh and Hummer, J. Phys. Chem. B 108, 15873 (2004)), for both alike.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -19,7 +18,7 @@ from ase.data import covalent_radii
 from pydantic import BaseModel, ConfigDict
 
 from compactmlip.validate.parity import Array
-from compactmlip.validate.statistics import CERTAIN, Estimate, relative_difference
+from compactmlip.validate.statistics import CERTAIN, Estimate, independent, relative_difference
 
 SEGMENTS = 5
 """Parts of a run that are taken as independent; their scatter is the error."""
@@ -50,8 +49,6 @@ class Motion(BaseModel):
         stay bounded, "undecided" otherwise (a run too short, a gas, a few hops).
     diffusion, diffusion_error
         Slope / 6 of the mean square displacement in 10^-5 cm^2/s (0.1 Angstrom^2/ps), and standard error.
-    amplitude, amplitude_error
-        <u^2> about the mean positions of the run in Angstrom^2, and standard error.
     exponent
         d ln MSD / d ln t: 2 ballistic, 1 diffusive, 0 bounded.
     """
@@ -60,14 +57,7 @@ class Motion(BaseModel):
     kind: Kind
     diffusion: float
     diffusion_error: float
-    amplitude: float
-    amplitude_error: float
     exponent: float
-
-    @property
-    def debye_waller(self) -> float:
-        """B in Angstrom^2."""
-        return 8 * np.pi**2 * self.amplitude / 3
 
 
 class MotionComparison(BaseModel):
@@ -87,26 +77,23 @@ class MotionComparison(BaseModel):
     teacher: Motion
 
     @property
-    def compared(self) -> Literal["diffusion", "amplitude", "kind", "nothing"]:
+    def compared(self) -> Literal["diffusion", "kind", "nothing"]:
         """What can be compared: ``kind`` where one diffuses and the other vibrates."""
         kinds = {self.model.kind, self.teacher.kind}
         if "undecided" in kinds:
             return "nothing"
         if len(kinds) == 2:
             return "kind"
-        return "diffusion" if kinds == {"diffuses"} else "amplitude"
+        return "diffusion" if kinds == {"diffuses"} else "nothing"
 
     @property
     def difference(self) -> Estimate:
-        """Relative difference of what is compared, in percent."""
-        if self.compared == "diffusion":
-            own = Estimate(self.model.diffusion, self.model.diffusion_error)
-            other = Estimate(self.teacher.diffusion, self.teacher.diffusion_error)
-        else:
-            own = Estimate(self.model.amplitude, self.model.amplitude_error)
-            other = Estimate(self.teacher.amplitude, self.teacher.amplitude_error)
+        """Relative difference of the diffusion coefficients, in percent."""
+        own, other = (
+            Estimate(one.diffusion, one.diffusion_error, SEGMENTS - 1) for one in (self.model, self.teacher)
+        )
         found = relative_difference(own, other)
-        return Estimate(100 * found.value, 100 * found.error)
+        return Estimate(100 * found.value, 100 * found.error, found.degrees)
 
 
 @dataclass(frozen=True)
@@ -151,15 +138,15 @@ def compare_motion(
             species=symbol,
             atoms=int(chosen.sum()),
             picoseconds=(length - 1) * interval_ps,
-            model=motion(own[:, chosen], interval_ps, _spacing(atoms)),
-            teacher=motion(other[:, chosen], interval_ps, _spacing(atoms)),
+            model=motion(own[:, chosen], interval_ps, spacing(atoms)),
+            teacher=motion(other[:, chosen], interval_ps, spacing(atoms)),
         )
         rows.append(row)
     return tuple(rows), curves
 
 
-def motion(positions: Array, interval_ps: float, spacing: float) -> Motion:
-    """Diffusion coefficient and vibration amplitude of atoms of one kind.
+def motion(positions: Array, interval_ps: float, distance: float) -> Motion:
+    """Diffusion coefficient of atoms of one kind, and whether they diffuse.
 
     Parameters
     ----------
@@ -167,33 +154,25 @@ def motion(positions: Array, interval_ps: float, spacing: float) -> Motion:
         (frames, N, 3) Angstrom, not wrapped, without common drift; at least :data:`FEWEST_FRAMES`.
     interval_ps
         Time between frames.
-    spacing
+    distance
         Typical shortest distance between atoms, for Lindemann's rule.
 
     Notes
     -----
-    The run is cut into :data:`SEGMENTS` parts; each gives one value of D and <u^2>, D from all time origins
-    in it, and the standard error is that of their mean: it knows nothing of motion slower than a segment.
-
-    The energies of vibrations hardly change within a run; between runs each scatters by as much as its mean,
-    so that the relative error of <u^2> of N atoms is at least 1 / sqrt(3 N).  The exponent is that of the
-    whole run, at lags from a fifth to half of it.
+    The run is cut into :data:`SEGMENTS` parts; each gives one value of D from all time origins in it, and the
+    standard error is that of their mean: it knows nothing of motion slower than a segment.  The exponent is
+    that of the whole run, at lags from a fifth to half of it.
     """
     squares = segment_displacements(positions)
     times = interval_ps * np.array(segment_lags(len(positions)))
     first, last = (int(part * len(times)) for part in WINDOW)
-    slope = _estimate([np.polyfit(times[first:last], part[first:last], 1)[0] for part in squares])
-    diffusion = Estimate(10 * slope.value / 6, 10 * slope.error / 6)
-    centred = positions - positions.mean(axis=0)
-    amplitude = _estimate([float((part**2).sum(axis=2).mean()) for part in _segments(centred)])
-    least = amplitude.value / np.sqrt(3 * positions.shape[1])
+    slopes = [np.polyfit(times[first:last], part[first:last], 1)[0] for part in squares]
+    diffusion = independent(10 * np.array(slopes) / 6)
     exponent, farthest = _growth(positions)
     return Motion(
-        kind=_kind(diffusion, exponent, farthest, spacing),
+        kind=_kind(diffusion, exponent, farthest, distance),
         diffusion=diffusion.value,
         diffusion_error=diffusion.error,
-        amplitude=amplitude.value,
-        amplitude_error=float(max(amplitude.error, least)),
         exponent=exponent,
     )
 
@@ -207,9 +186,9 @@ def _growth(positions: Array) -> tuple[float, float]:
     return float(slope), float(np.mean(squares))
 
 
-def _kind(diffusion: Estimate, exponent: float, displacement: float, spacing: float) -> Kind:
+def _kind(diffusion: Estimate, exponent: float, displacement: float, distance: float) -> Kind:
     """What a run shows: bounded and small, growing as time does, or neither with certainty."""
-    if displacement < 2 * (LINDEMANN * spacing) ** 2:
+    if displacement < 2 * (LINDEMANN * distance) ** 2:
         return "vibrates" if exponent < BOUNDED else "undecided"
     certain = diffusion.value > CERTAIN * diffusion.error
     return "diffuses" if certain and DIFFUSIVE[0] < exponent < DIFFUSIVE[1] else "undecided"
@@ -247,10 +226,6 @@ def _segments(positions: Array) -> list[Array]:
     return [positions[k * size : (k + 1) * size] for k in range(SEGMENTS)]
 
 
-def _estimate(values: Sequence[float]) -> Estimate:
-    return Estimate(float(np.mean(values)), float(np.std(values, ddof=1) / np.sqrt(len(values))))
-
-
-def _spacing(atoms: Atoms) -> float:
+def spacing(atoms: Atoms) -> float:
     """Angstrom: twice the mean covalent radius, about the shortest distance between atoms."""
     return float(2 * np.mean(covalent_radii[atoms.numbers]))

@@ -136,7 +136,7 @@ def equilibrate(
     temperature_K: float = 300.0,
     timestep_fs: float = 1.0,
     steps: int = 150,
-    seed: int = 0,
+    seed: int | tuple[int, ...] = 0,
 ) -> Atoms:
     """Return a copy at a temperature: momenta for twice the temperature, then Langevin dynamics.
 

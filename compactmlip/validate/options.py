@@ -18,7 +18,10 @@ class ValidateOptions(HeldoutOptions):
     timestep_fs: float = Field(1.0, gt=0)
     nve_ps: float = Field(4.0, gt=0, description="longest NVE run of the model, ps")
     nve_seconds: float = Field(60.0, gt=0, description="time for the model's NVE run, s")
-    teacher_nve_seconds: float = Field(60.0, ge=0, description="time for the teacher's NVE run, s; 0: none")
+    teacher_nve_seconds: float = Field(40.0, ge=0, description="time for the teacher's NVE run, s; 0: none")
+    ensemble_seconds: float = Field(
+        150.0, ge=0, description="time for several runs of both with a thermostat, s; 0: none"
+    )
     approach_points: int = Field(
         40, ge=0, description="energies while two atoms come together, for each pair of species; 0: none"
     )

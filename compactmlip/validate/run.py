@@ -33,7 +33,9 @@ from compactmlip.validate.checks_dynamics import (
     density_checks,
     ladder_checks,
     motion_checks,
+    sampling_checks,
     thermostat_checks,
+    vibration_checks,
 )
 from compactmlip.validate.consistency import check_consistency
 from compactmlip.validate.cutoff import cutoff_step
@@ -48,7 +50,6 @@ from compactmlip.validate.parity import Labels, ParityReport, evaluate_frames, p
 from compactmlip.validate.resume import Parts, identity
 from compactmlip.validate.speed import describe_machine
 from compactmlip.validate.stages import SMALL_CELL, Setting, physics
-from compactmlip.validate.structure import compare_structure
 from compactmlip.validate.supercells import near_size
 
 
@@ -120,7 +121,6 @@ def validate(
     if teacher_run:
         interval = SAMPLE_EVERY * options.timestep_fs / 1000
         moves = compare_motion(cell, run.positions, teacher_run.positions, interval)
-    structure = compare_structure(cell, run.positions, teacher_run.positions) if teacher_run else None
     data = ValidationData(
         tuple(heldout),
         reference,
@@ -129,7 +129,7 @@ def validate(
         teacher_run.trace if teacher_run else None,
         found.curves,
         found.spectra,
-        structure[1] if structure else None,
+        found.functions,
         moves[1] if moves else None,
     )
     errors = parity(heldout, reference, predicted)
@@ -153,7 +153,9 @@ def validate(
         "engines": engines,
         "cutoff": ends,
         "nve": run.summary,
-        "structure": structure[0] if structure else (),
+        "sampling": found.ensembles.sampling if found.ensembles else None,
+        "structure": found.structure,
+        "vibration": found.vibration,
         "motion": moves[0] if moves else (),
         "thermostat": found.thermostat,
         "ladder": found.ladder,
@@ -194,7 +196,9 @@ def _judged(measured: dict[str, Any], dtype: DTypeName, options: ValidateOptions
         *engine_checks(measured["engines"], dtype),
         *cutoff_checks(measured["cutoff"], limits),
         *nve_checks(measured["nve"], limits),
+        *sampling_checks(measured["sampling"]),
         *structure_checks(measured["structure"], limits),
+        *vibration_checks(measured["vibration"], limits),
         *motion_checks(measured["motion"], limits),
         *thermostat_checks(measured["thermostat"], limits),
         *density_checks(measured["density"], limits),

@@ -12,6 +12,14 @@ from compactmlip.errors import CompactMLIPError
 from compactmlip.validate.crystal import EVALUATIONS, CrystalComparison, compare_crystals
 from compactmlip.validate.defects import VACANCY_ATOMS, Defect, compare_defects, evaluations
 from compactmlip.validate.density import LONGEST, SHORTEST, DensityComparison, compare_densities
+from compactmlip.validate.ensemble import (
+    LONGEST as LONGEST_RUN,
+    RUNS,
+    SHORTEST as SHORTEST_RUN,
+    WARM_UP as RUN_WARM_UP,
+    Ensembles,
+    compare_ensembles,
+)
 from compactmlip.validate.ladder import RUNGS, STEPS, Ladder, compare_ladders
 from compactmlip.validate.nve import affordable_steps
 from compactmlip.validate.options import ValidateOptions
@@ -26,8 +34,10 @@ from compactmlip.validate.phonons import (
 from compactmlip.validate.resume import Parts
 from compactmlip.validate.short_range import Approach, Curve, approach
 from compactmlip.validate.speed import Speed
+from compactmlip.validate.structure import Distribution, Functions, compare_structure
 from compactmlip.validate.supercells import near_size
 from compactmlip.validate.thermostat import LONGEST as LONGEST_NVT, WARM_UP, KineticEnergy, nvt
+from compactmlip.validate.vibration import Vibration, compare_vibrations
 
 T = TypeVar("T")
 
@@ -37,6 +47,12 @@ SMALL_CELL = 32
 DENSITY_ATOMS = 64
 """About how many atoms the cell at constant pressure has."""
 
+ENSEMBLE_ATOMS = 64
+"""About how many atoms the cell has of which several runs are made."""
+
+OVERTIME = 2.0
+"""Runs of which all are needed are given up when they take this many times their budget."""
+
 
 @dataclass(frozen=True)
 class Physics:
@@ -44,6 +60,10 @@ class Physics:
 
     short_range: tuple[Approach, ...] = ()
     curves: tuple[Curve, ...] = ()
+    ensembles: Ensembles | None = None
+    structure: tuple[Distribution, ...] = ()
+    functions: Functions | None = None
+    vibration: tuple[Vibration, ...] = ()
     thermostat: KineticEnergy | None = None
     ladder: Ladder | None = None
     density: DensityComparison | None = None
@@ -96,7 +116,13 @@ def physics(setting: Setting, cell: Atoms, *, stable: bool = True) -> Physics:
     crystal, relaxed = keep("crystal", lambda: at_rest(setting))
     phonons, spectra = keep("phonons", lambda: vibrations(setting, relaxed))
     modulus = crystal.teacher.bulk_modulus if crystal and relaxed else None
+    runs = keep("ensembles", lambda: ensembles(setting)) if stable else None
+    structure, vibration = in_dynamics(runs)
     return Physics(
+        ensembles=runs,
+        structure=structure[0] if structure else (),
+        functions=structure[1] if structure else None,
+        vibration=vibration,
         short_range=tuple(apart),
         curves=tuple(curves),
         thermostat=keep("thermostat", lambda: thermostat(setting, cell)) if stable else None,
@@ -116,6 +142,38 @@ def short_range(setting: Setting) -> tuple[list[Approach], list[Curve]]:
         return [], []
     cell, cutoff = near_size(setting.start, SMALL_CELL), setting.calculators["model"].spec.cutoff
     return approach(setting.calculators, cell, cutoff, points, progress=setting.progress)
+
+
+def ensembles(setting: Setting) -> Ensembles | None:
+    """Several runs of both with a thermostat."""
+    options = setting.options
+    cell = near_size(setting.start, ENSEMBLE_ATOMS)
+    each = RUNS * setting.seconds(cell)
+    steps = affordable_steps(each, options.ensemble_seconds, LONGEST_RUN + RUN_WARM_UP) - RUN_WARM_UP
+    if steps < SHORTEST_RUN or len(cell) < 2:
+        return None
+    return compare_ensembles(
+        *setting.pair,
+        cell,
+        steps=steps,
+        warm_up=RUN_WARM_UP,
+        runs=RUNS,
+        temperature_K=options.temperature_K,
+        timestep_fs=options.timestep_fs,
+        seed=options.seed,
+        max_seconds=OVERTIME * options.ensemble_seconds,
+        progress=setting.progress,
+    )
+
+
+def in_dynamics(
+    runs: Ensembles | None,
+) -> tuple[tuple[tuple[Distribution, ...], Functions] | None, tuple[Vibration, ...]]:
+    """Radial distribution functions, and how far atoms move from their sites."""
+    if runs is None or not runs.complete:
+        return None, ()
+    paired = (runs.cell, runs.model, runs.teacher)
+    return compare_structure(*paired), compare_vibrations(*paired)
 
 
 def thermostat(setting: Setting, cell: Atoms) -> KineticEnergy | None:

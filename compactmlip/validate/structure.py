@@ -1,4 +1,4 @@
-"""Structure in dynamics: radial distribution functions of model and teacher from the same start.
+"""Structure in dynamics: radial distribution functions of model and teacher.
 
 Allen and Tildesley, Computer Simulation of Liquids, 2nd ed., section 2.6.
 """
@@ -14,15 +14,13 @@ from pydantic import BaseModel, ConfigDict
 
 from compactmlip.data.neighbors import VerletList
 from compactmlip.validate.parity import Array
+from compactmlip.validate.statistics import chance_limit
 
 RANGE = 6.0
 """Angstrom"""
 
 WIDTH = 0.05
 """Angstrom; of a bin."""
-
-FEWEST_FRAMES = 8
-"""Of each run; fewer say nothing about a distribution."""
 
 
 class Peak(BaseModel):
@@ -53,9 +51,8 @@ class Distribution(BaseModel):
         First peaks.
     error
         Integral of the absolute difference over that of the teacher's function, percent.
-    noise
-        What ``error`` would be between two runs of this length in one potential, from the halves of the
-        teacher's run.
+    chance
+        What ``error`` reaches between such runs of one potential in fewer than one of a hundred cases.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
@@ -63,12 +60,12 @@ class Distribution(BaseModel):
     model: Peak
     teacher: Peak
     error: float
-    noise: float
+    chance: float
 
     @property
     def excess(self) -> float:
-        """Percent by which the error is beyond twice the noise, at least 0."""
-        return max(0.0, self.error - 2 * self.noise)
+        """Percent by which the error is beyond chance, at least 0."""
+        return max(0.0, self.error - self.chance)
 
 
 @dataclass(frozen=True)
@@ -83,43 +80,47 @@ class Functions:
 def compare_structure(
     atoms: Atoms, model: Array, teacher: Array
 ) -> tuple[tuple[Distribution, ...], Functions] | None:
-    """Compare two runs from one start over the time that both have.
+    """Compare independent runs of both.
 
     Parameters
     ----------
     atoms
         Species and cell, periodic in all directions.
     model, teacher
-        (frames, N, 3) positions at the same times.
+        (runs, frames, N, 3) positions; an even number of runs, at least four.
 
     Returns
     -------
-    Summaries by pair, and the functions; None where a run is too short or the structure is not periodic.
+    Summaries by pair, and the functions; None where the structure is not periodic.
     """
-    length = min(len(model), len(teacher))
-    if length < FEWEST_FRAMES or not atoms.pbc.all():
+    if not atoms.pbc.all() or not model.size:
         return None
-    distances, own = radial_distributions(atoms, model[:length])
-    _, other = radial_distributions(atoms, teacher[:length])
+    distances, own = _by_run(atoms, model)
+    _, other = _by_run(atoms, teacher)
     found = []
     for pair, functions in other.items():
         reference, mine = functions.mean(axis=0), own[pair].mean(axis=0)
         if not reference.any():
             continue
-        halves = [part.mean(axis=0) for part in np.array_split(functions, 2)]
-        total = np.abs(reference).sum()
+        total = _area(reference)
         density = atoms.get_chemical_symbols().count(pair.split("-")[1]) / atoms.get_volume()
         found.append(
             Distribution(
                 pair=pair,
                 model=first_peak(distances, mine, density),
                 teacher=first_peak(distances, reference, density),
-                error=100 * float(np.abs(mine - reference).sum() / total),
-                # The difference of the halves has twice the variance of that of two whole runs.
-                noise=100 * float(np.abs(halves[0] - halves[1]).sum() / total / np.sqrt(2)),
+                error=100 * _area(mine - reference) / total,
+                chance=100 * chance_limit(own[pair] - functions, _area) / total,
             )
         )
     return tuple(found), Functions(distances, _means(own), _means(other))
+
+
+def _by_run(atoms: Atoms, positions: Array) -> tuple[Array, dict[str, Array]]:
+    """Middles of the bins, and by pair (runs, bins): the functions of each run."""
+    runs, frames = positions.shape[:2]
+    distances, found = radial_distributions(atoms, positions.reshape(runs * frames, *positions.shape[2:]))
+    return distances, {pair: f.reshape(runs, frames, -1).mean(axis=1) for pair, f in found.items()}
 
 
 def radial_distributions(atoms: Atoms, positions: Array) -> tuple[Array, dict[str, Array]]:
@@ -193,6 +194,10 @@ def _vertex(x: Array, y: Array, k: int) -> tuple[float, float]:
         return float(x[k]), float(here)
     shift = 0.5 * (left - right) / curvature
     return float(x[k] + shift * (x[1] - x[0])), float(here - 0.25 * (left - right) * shift)
+
+
+def _area(function: Array) -> float:
+    return float(np.abs(function).sum())
 
 
 def _means(functions: Mapping[str, Array]) -> dict[str, Array]:

@@ -82,14 +82,15 @@ class KineticEnergy(BaseModel):
     @property
     def mean_excess(self) -> float:
         """Percent by which a mean, of all atoms or of a species, is certainly off; the largest."""
-        means = [Estimate(self.mean_ratio, self.mean_error)]
-        means += [Estimate(self.by_species[s], self.by_species_error[s]) for s in self.by_species]
+        degrees = self.effective - 1
+        means = [Estimate(self.mean_ratio, self.mean_error, degrees)]
+        means += [Estimate(self.by_species[s], self.by_species_error[s], degrees) for s in self.by_species]
         return 100 * max(found.excess(1.0) for found in means)
 
     @property
     def variance_excess(self) -> float:
         """Percent by which the variance is certainly off."""
-        return 100 * Estimate(self.variance_ratio, self.variance_error).excess(1.0)
+        return 100 * Estimate(self.variance_ratio, self.variance_error, self.effective - 1).excess(1.0)
 
 
 def compare_kinetic(

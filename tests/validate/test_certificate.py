@@ -52,7 +52,7 @@ def test_round_trip_through_json(tmp_path, evidence):
     certificate, _ = evidence()
     path = certificate.save(tmp_path / "certificate.json")
     assert Certificate.load(path) == certificate
-    assert json.loads(path.read_text())["schema_version"] == 1
+    assert json.loads(path.read_text())["schema_version"] == 2
     assert [p.name for p in tmp_path.iterdir()] == ["certificate.json"]
 
 
@@ -69,7 +69,7 @@ def test_not_a_number_survives_json(tmp_path, evidence):
 def test_what_is_not_a_certificate_is_refused(tmp_path, evidence):
     path = evidence()[0].save(tmp_path / "c.json")
     data = json.loads(path.read_text())
-    for change in ({"schema_version": 2}, {"extra": 1}, {"nve": {**data["nve"], "extra": 1}}):
+    for change in ({"schema_version": 1}, {"extra": 1}, {"nve": {**data["nve"], "extra": 1}}):
         path.write_text(json.dumps({**data, **change}))
         with pytest.raises(CheckpointError, match="not a compactmlip certificate"):
             Certificate.load(path)

@@ -1,4 +1,4 @@
-"""Diffusion and vibration of motion that is known in closed form."""
+"""Diffusion of motion that is known in closed form."""
 
 from __future__ import annotations
 
@@ -71,10 +71,6 @@ def test_ideal_gas_is_ballistic() -> None:
 def test_harmonic_crystal() -> None:
     found = motion(vibrations(0.03, atoms=600), STEP, 2.6)
     assert found.kind == "vibrates" and found.exponent == pytest.approx(0.0, abs=0.2)
-    # Three and more periods each of 1,800 oscillators, whose squares scatter by 2.4 %.
-    assert found.amplitude == pytest.approx(0.03, rel=0.08)
-    assert found.amplitude_error >= found.amplitude / np.sqrt(1800)
-    assert found.debye_waller == pytest.approx(8 * np.pi**2 * found.amplitude / 3)
 
 
 def _compare(model: np.ndarray, teacher: np.ndarray) -> tuple[MotionComparison, ...]:
@@ -92,21 +88,15 @@ def test_same_motion_passes_and_another_fails() -> None:
     assert _verdicts(_compare(walkers(20.0, seed=2), teacher)) == {"self-diffusion (Li)": "pass"}
     assert _verdicts(_compare(walkers(60.0, seed=2), teacher)) == {"self-diffusion (Li)": "fail"}
     still = vibrations(0.03, seed=1, atoms=200)
-    assert _verdicts(_compare(vibrations(0.03, seed=2, atoms=200), still)) == {
-        "vibration amplitude (Li)": "pass"
-    }
-    assert _verdicts(_compare(vibrations(0.06, seed=2, atoms=200), still)) == {
-        "vibration amplitude (Li)": "fail"
-    }
+    assert _verdicts(_compare(vibrations(0.03, seed=2, atoms=200), still)) == {}
     melted = motion_checks(_compare(walkers(20.0, atoms=200), still), Thresholds())
     assert [c.verdict for c in melted] == ["fail"] and "diffuses in the model" in melted[0].reason
 
 
 def test_false_alarms() -> None:
-    pairs = [(walkers(20.0, 200, 20, 2 * k), walkers(20.0, 200, 20, 2 * k + 1)) for k in range(25)]
-    pairs += [(vibrations(0.03, 200, 60, 2 * k), vibrations(0.03, 200, 60, 2 * k + 1)) for k in range(25)]
+    pairs = [(walkers(20.0, 200, 20, 2 * k), walkers(20.0, 200, 20, 2 * k + 1)) for k in range(60)]
     verdicts = [v for pair in pairs for v in _verdicts(_compare(*pair)).values()]
-    assert len(verdicts) > 40 and np.mean([v != "pass" for v in verdicts]) < 0.05
+    assert len(verdicts) > 40 and np.mean([v != "pass" for v in verdicts]) < 0.02
 
 
 def test_species_are_apart_and_drift_does_not_count() -> None:

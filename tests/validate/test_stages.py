@@ -39,6 +39,10 @@ def setting(start: Atoms, seconds: float = 1e-5, **options: Any) -> Setting:
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sizes of the parts that a test can wait for."""
     monkeypatch.setattr(stages, "LONGEST_NVT", 40)
+    monkeypatch.setattr(stages, "LONGEST_RUN", 20)
+    monkeypatch.setattr(stages, "SHORTEST_RUN", 20)
+    monkeypatch.setattr(stages, "RUN_WARM_UP", 5)
+    monkeypatch.setattr(stages, "ENSEMBLE_ATOMS", 32)
     monkeypatch.setattr(stages, "LONGEST", stages.SHORTEST // 4)
     monkeypatch.setattr(stages, "SHORTEST", 50)
     monkeypatch.setattr(stages, "DENSITY_ATOMS", 32)
@@ -47,7 +51,8 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def parts(found: Physics) -> set[str]:
-    names = ("short_range", "thermostat", "ladder", "density", "crystal", "phonons", "defects")
+    names = ("short_range", "ensembles", "structure", "vibration", "thermostat", "ladder", "density")
+    names += ("crystal", "phonons", "defects")
     return {name for name in names if getattr(found, name)}
 
 
@@ -58,6 +63,7 @@ def test_budgets_decide_what_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
     assert parts(slow) == {"short_range"}
     none = {
         "nvt_seconds": 0,
+        "ensemble_seconds": 0,
         "ladder_seconds": 0,
         "npt_seconds": 0,
         "crystal_seconds": 0,
@@ -70,7 +76,7 @@ def test_molecules_have_dynamics_only(monkeypatch: pytest.MonkeyPatch) -> None:
     quick(monkeypatch)
     pair = Atoms("Ar2", [[0, 0, 0], [0, 0, 3.8]])
     found = physics(setting(pair, ladder_seconds=0), pair)
-    assert parts(found) == {"short_range", "thermostat"}
+    assert parts(found) == {"short_range", "ensembles", "thermostat"}
 
 
 def test_all_parts_of_a_crystal(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -80,11 +86,17 @@ def test_all_parts_of_a_crystal(monkeypatch: pytest.MonkeyPatch) -> None:
     done = {
         "thermostat": stages.thermostat(what, start),
         "density": stages.density(what, 2.0),
+        "ensembles": stages.ensembles(what),
         "ladder": stages.ladder(what),
         "defects": stages.defects(setting(start, defect_seconds=0), (start, start)),
     }
     assert done["thermostat"] is not None and done["thermostat"].steps == 41
     assert done["density"] is not None and done["density"].model == done["density"].teacher
+    runs = done["ensembles"]
+    assert runs is not None and runs.complete and runs.model.shape == (6, 2, 32, 3)
+    structure, vibration = stages.in_dynamics(runs)
+    assert structure is not None and [row.error for row in structure[0]] == [0.0]
+    assert [(row.species, row.difference) for row in vibration] == [("Ar", 0.0)]
     assert done["ladder"] is not None and done["ladder"].highest == done["ladder"].teacher_highest == 80
     assert done["defects"] == ()
     unstable = physics(setting(start, ladder_seconds=0, crystal_seconds=0), start, stable=False)
