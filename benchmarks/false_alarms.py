@@ -2,8 +2,8 @@
 
 Runs differ in the seed of their velocities only.  Every pair of them is judged as model and teacher are by
 ``compactmlip validate``, where both use the same random numbers; independent ones are the worst case.  Checks
-of a single run (drift, thermostat) are judged for each.  A potential that is really different is judged
-beside it, with the same random numbers and with others, to show that the checks see something: the same forces
+of a single run (drift, thermostat) are judged for each.  To show that the checks see something, a potential
+that is really different is judged beside it, with the same random numbers and with others: the same forces
 times a factor.
 
     python benchmarks/false_alarms.py compactmlip-quickstart/model.pt --runs 24
@@ -17,11 +17,12 @@ import sys
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ase import Atoms
+import numpy as np
+from ase import Atoms, units
 from ase.build import bulk
 from ase.calculators.calculator import Calculator, all_changes
 from ase.calculators.lj import LennardJones
@@ -32,11 +33,12 @@ from compactmlip.validate.checks import Check, Thresholds, nve_checks, structure
 from compactmlip.validate.checks_dynamics import (
     density_checks,
     motion_checks,
+    sampling_checks,
     thermostat_checks,
     vibration_checks,
 )
 from compactmlip.validate.density import Density, DensityComparison, npt
-from compactmlip.validate.ensemble import RUNS, compare_ensembles
+from compactmlip.validate.ensemble import RUNS, Ensembles, compare_ensembles
 from compactmlip.validate.motion import compare_motion
 from compactmlip.validate.nve import SAMPLE_EVERY, NVEResult, equilibrate, nve
 from compactmlip.validate.parity import Array
@@ -99,17 +101,20 @@ def crystal(model: Path) -> System:
 
 @dataclass(frozen=True)
 class Runs:
-    """All runs of one potential; an ensemble is several runs with a thermostat, (runs, frames, N, 3)."""
+    """All runs of one potential: several with a thermostat (whose teacher is the true one), single ones."""
 
-    ensembles: list[Array]
+    ensembles: list[Ensembles]
+    states: list[Array]
     energy: list[NVEResult]
     kinetic: list[KineticEnergy]
     density: list[Density]
 
 
-def simulate(system: System, calculator: Any, seeds: Sequence[int], ensembles: list[Array]) -> Runs:
+def simulate(
+    system: System, calculator: Any, seeds: Sequence[int], ensembles: list[Ensembles], states: list[Any]
+) -> Runs:
     """Run everything else once for each seed."""
-    done = Runs(ensembles, [], [], [])
+    done = Runs(ensembles, states, [], [], [])
     for seed in seeds:
         start = equilibrate(calculator, system.cell, steps=300, seed=seed, **system.state)
         done.energy.append(nve(calculator, start, steps=system.steps, **system.state))
@@ -126,30 +131,52 @@ def simulate(system: System, calculator: Any, seeds: Sequence[int], ensembles: l
     return done
 
 
-def sample(system: System, other: Any, number: int) -> tuple[list[Array], list[Array]]:
-    """Ensembles of the potential and of another one, which use the same random numbers."""
-    same, changed = [], []
+def sample(system: System, other: Any, number: int) -> list[Ensembles]:
+    """Ensembles of another potential and of the true one, which use the same random numbers."""
+    found = []
     for seed in range(number):
-        found = compare_ensembles(
-            system.calculator, other, system.cell, steps=system.ensemble_steps, seed=seed, **system.state
+        both = compare_ensembles(
+            other, system.calculator, system.cell, steps=system.ensemble_steps, seed=seed, **system.state
         )
-        assert found is not None and found.complete
-        same.append(found.model)
-        changed.append(found.teacher)
-    return same, changed
+        assert both is not None and both.sampling.comparable
+        found.append(both)
+    return found
 
 
-def judged_ensembles(system: System, model: Array, teacher: Array) -> Iterator[Check]:
-    """Verdicts on what is averaged over several runs."""
-    structure = compare_structure(system.cell, model, teacher)
+def judged_ensembles(model: Array, teacher: Ensembles) -> Iterator[Check]:
+    """Verdicts on what is averaged over several runs, of states of another model beside the teacher's."""
+    both = replace(teacher, model=model)
+    structure = compare_structure(both)
     yield from structure_checks(structure[0] if structure else (), Thresholds())
-    yield from vibration_checks(compare_vibrations(system.cell, model, teacher), Thresholds())
+    yield from vibration_checks(compare_vibrations(both), Thresholds())
+
+
+def judged_by_energies(system: System, other: Any, states: Ensembles) -> Iterator[Check]:
+    """Verdicts on runs of the other potential, of which the true one only tells the energies."""
+    assert states.teacher is not None
+    system_of = system.cell.copy()
+    energies: dict[str, list[float]] = {"own": [], "true": []}
+    for name, calculator in (("own", other), ("true", system.calculator)):
+        system_of.calc = calculator
+        for frame in states.model.reshape(-1, len(system_of), 3):
+            system_of.positions = frame
+            energies[name].append(float(system_of.get_potential_energy()))
+    shape = states.model.shape[:2]
+    differences = (np.array(energies["true"]) - np.array(energies["own"])).reshape(shape)
+    spread = float(differences.std()) / (units.kB * system.temperature_K)
+    sampling = states.sampling.model_copy(update={"method": "energies", "spread": spread})
+    yield from sampling_checks(sampling)
+    if sampling.comparable:
+        known = replace(states, sampling=sampling, teacher=None, differences=differences)
+        structure = compare_structure(known)
+        yield from structure_checks(structure[0] if structure else (), Thresholds())
+        yield from vibration_checks(compare_vibrations(known), Thresholds())
 
 
 def judged_pair(system: System, pair: tuple[int, int], model: Runs, teacher: Runs) -> Iterator[Check]:
     """Verdicts on one run of the model beside one of the teacher."""
     k, j = pair
-    yield from judged_ensembles(system, model.ensembles[k], teacher.ensembles[j])
+    yield from judged_ensembles(model.states[k], teacher.ensembles[j])
     own, other = model.energy[k].positions, teacher.energy[j].positions
     limits = Thresholds()
     moves = compare_motion(system.cell, own, other, SAMPLE_EVERY * system.timestep_fs / 1000)
@@ -190,9 +217,12 @@ def study(system: System, number: int, factor: float) -> tuple[list[list[object]
     other_potential = Scaled(system.calculator, factor)
     ensembles = sample(system, other_potential, number)
     print(f"{system.name}: ensembles after {time.monotonic() - begin:.0f} s", file=sys.stderr)
-    same = simulate(system, system.calculator, range(number), ensembles[0])
-    # The first ensembles of both use the same random numbers: only others are judged as independent.
-    scaled = simulate(system, other_potential, range(100, 100 + number // 2), ensembles[1][number // 2 :])
+    true = [e.teacher for e in ensembles]
+    same = simulate(system, system.calculator, range(number), ensembles, true)
+    # Those of the same seed use the same random numbers: only others are judged as independent.
+    late = ensembles[number // 2 :]
+    changed = [e.model for e in late]
+    scaled = simulate(system, other_potential, range(100, 100 + number // 2), late, changed)
     print(f"{system.name}: {time.monotonic() - begin:.0f} s", file=sys.stderr)
     pairs = list(itertools.combinations(range(number), 2))
     alike = rows(
@@ -203,8 +233,10 @@ def study(system: System, number: int, factor: float) -> tuple[list[list[object]
     other = rows(
         system.name, itertools.chain.from_iterable(judged_pair(system, p, scaled, same) for p in crossed)
     )
-    paired = (judged_ensembles(system, b, a) for a, b in zip(*ensembles, strict=True))
-    return alike, other, rows(system.name, itertools.chain.from_iterable(paired))
+    paired = (judged_ensembles(e.model, e) for e in ensembles)
+    together = rows(system.name, itertools.chain.from_iterable(paired))
+    by_energy = (judged_by_energies(system, other_potential, e) for e in ensembles)
+    return alike, other, together, rows(system.name, itertools.chain.from_iterable(by_energy))
 
 
 def main() -> None:
@@ -218,10 +250,10 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     text = header("False alarms", f"python benchmarks/false_alarms.py {shown(sys.argv[1:])}")
-    same, different, together = [], [], []
+    same, different, together, by_energy = [], [], [], []
     for system in (argon(), crystal(options.model)):
         found = study(system, options.runs, options.factor)
-        for into, part in zip((same, different, together), found, strict=True):
+        for into, part in zip((same, different, together, by_energy), found, strict=True):
             into += part
     text += (
         f"\n{options.runs} times for each system, with seeds of their own: {RUNS} runs with a thermostat "
@@ -234,7 +266,9 @@ def main() -> None:
     text += f"\n## Forces times {options.factor:g}\n\nWhat the checks should notice.\n\n"
     text += table(COLUMNS, different)
     text += "\nWith the same random numbers in both, as `validate` has them:\n\n"
-    report(text + table(COLUMNS, together), options.output)
+    text += table(COLUMNS, together)
+    text += "\nWhere the true potential only tells energies of states of the other one's runs:\n\n"
+    report(text + table(COLUMNS, by_energy), options.output)
 
 
 if __name__ == "__main__":

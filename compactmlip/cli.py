@@ -281,6 +281,13 @@ def validate(
         list[Path],
         typer.Option("--structure", help="Held-out labelled structures, or structures to sample from."),
     ],
+    scores: Annotated[
+        Path | None,
+        typer.Option(help="Scores of 'compactmlip importance' on the teacher, shown in the report."),
+    ] = None,
+    front: Annotated[
+        Path | None, typer.Option(help="front.json of the search that chose the model, shown in the report.")
+    ] = None,
     output: Output = None,
     device: Annotated[str | None, typer.Option(help="Where to compute: cpu, cuda, ...")] = None,
     seed: Seed = None,
@@ -296,7 +303,16 @@ def validate(
 
     options = resolve(ValidateOptions, config, settings or [], seed=seed, device=device)
     folder = output or Path("validation")
-    certificate = run(model, teacher, read_structures(structure), options, folder, progress=not as_json)
+    certificate = run(
+        model,
+        teacher,
+        read_structures(structure),
+        options,
+        folder,
+        scores=scores,
+        front=front,
+        progress=not as_json,
+    )
     text = f"{certificate.verdict}: see {folder / 'report.html'} and {folder / 'certificate.json'}"
     print_result(as_json, text, verdict=certificate.verdict, output=folder)
 

@@ -24,6 +24,7 @@ from compactmlip import checkpoint
 from compactmlip.channels import format_channels
 from compactmlip.compress.apply import keep_species
 from compactmlip.compress.compress import checked_targets, compress
+from compactmlip.compress.scores_file import save_scores
 from compactmlip.data.graph import build_graph
 from compactmlip.data.label import label, update_with_structures
 from compactmlip.data.read import read_labelled, read_structures, write_labelled
@@ -56,6 +57,9 @@ VALIDATION_BUDGETS = {
     "speed_seconds": 0.012,
 }
 """Shares of the time budget for parts of the validation, where the options do not say otherwise."""
+
+SCORES = "importance.safetensors"
+"""Importance of the teacher's channels, in the folder."""
 
 SHORTEST_TRAINING = 0.5
 """Minutes of training that are done even when the budget is used up."""
@@ -243,6 +247,8 @@ class _Run:
             seed=self.options.seed,
             progress=self.progress,
         )
+        if result.scores:
+            save_scores(self.folder / SCORES, result.scores, teacher, criterion="taylor")
         checkpoint.save(result.sliced, self.folder / "pruned.safetensors")
         checkpoint.save(result.model, self.folder / "compensated.safetensors")
         return {"parameters": num_parameters(result.model)}
@@ -295,6 +301,7 @@ class _Run:
             self._seeded(self.options.validation).model_copy(update={"device": self.options.device}),
             self.folder.path,
             self._stages(),
+            scores=self.folder / SCORES if (self.folder / SCORES).is_file() else None,
             progress=self.progress,
         )
         return {"verdict": certificate.verdict}

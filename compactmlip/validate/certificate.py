@@ -21,6 +21,7 @@ from compactmlip.validate.defects import Defect
 from compactmlip.validate.density import DensityComparison
 from compactmlip.validate.engines import EngineParity
 from compactmlip.validate.ensemble import Sampling
+from compactmlip.validate.environment import EnvironmentErrors
 from compactmlip.validate.ladder import Ladder
 from compactmlip.validate.motion import MotionComparison
 from compactmlip.validate.nve import NVESummary
@@ -95,6 +96,7 @@ class Certificate(_Frozen):
     heldout: Heldout
     files: dict[str, str] = Field({}, description="SHA-256 of what lies beside: structures and arrays")
     parity: ParityReport
+    environments: tuple[EnvironmentErrors, ...] = ()
     teacher_parity: ParityReport | None = None
     consistency: Consistency
     engines: tuple[EngineParity, ...] = ()

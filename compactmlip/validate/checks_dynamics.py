@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from compactmlip.validate.checks import Check, Thresholds, limited
 from compactmlip.validate.defects import Defect
 from compactmlip.validate.density import DensityComparison
-from compactmlip.validate.ensemble import Sampling
+from compactmlip.validate.ensemble import LARGEST_SPREAD, Sampling
 from compactmlip.validate.ladder import Ladder
 from compactmlip.validate.motion import MotionComparison
 from compactmlip.validate.thermostat import KineticEnergy
@@ -48,11 +48,28 @@ def motion_checks(found: Sequence[MotionComparison], limits: Thresholds) -> list
 
 
 def sampling_checks(found: Sampling | None) -> list[Check]:
-    """Judge whether the model's runs came to their end; nothing where they did, or the teacher's did not."""
-    if found is None or not found.model_failure or found.teacher_failure:
+    """Judge the model's runs: whether they came to their end, in states of which the teacher thinks as well.
+
+    Nothing where the teacher's own runs failed.
+    """
+    if found is None or found.teacher_failure:
         return []
-    reason = f"{found.model_failure} The teacher's run from the same state did not."
-    return [Check(name="stability with a thermostat", verdict="fail", value=None, unit="", reason=reason)]
+    if found.model_failure:
+        name, reason = "stability with a thermostat", found.model_failure
+        if found.method == "runs":
+            reason += " The teacher's run from the same state did not."
+        return [Check(name=name, verdict="fail", value=None, unit="", reason=reason)]
+    if found.comparable:
+        return []
+    reason = (
+        f"Energies of model and teacher differ by {found.spread:.1f} kB T from state to state of the model's "
+        f"runs ({found.atoms} atoms), too much to say what the teacher's would be like."
+    )
+    name = "states of the model in the teacher's eyes"
+    value = found.spread if found.spread is not None and math.isfinite(found.spread) else None
+    return [
+        Check(name=name, verdict="warn", value=value, unit="kB T", good=LARGEST_SPREAD, reason=reason),
+    ]
 
 
 def vibration_checks(found: Sequence[Vibration], limits: Thresholds) -> list[Check]:

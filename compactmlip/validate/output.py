@@ -11,6 +11,7 @@ from ase import Atoms
 from compactmlip.checkpoint import atomic_write, atomic_write_text, sha256
 from compactmlip.data.extxyz import write_frames
 from compactmlip.validate.certificate import Certificate
+from compactmlip.validate.making import Making
 from compactmlip.validate.motion import Displacements
 from compactmlip.validate.nve import Trace
 from compactmlip.validate.parity import Labels
@@ -34,6 +35,7 @@ class ValidationData:
     spectra: Spectra | None = None
     functions: Functions | None = None
     displacements: Displacements | None = None
+    making: Making | None = None
 
 
 def write_all(out: Path, certificate: Certificate, data: ValidationData, report: str) -> Certificate:
@@ -91,6 +93,10 @@ def _write_arrays(path: Path, data: ValidationData) -> None:
     if data.spectra is not None:
         arrays["phonons_model_THz"] = data.spectra.model
         arrays["phonons_teacher_THz"] = data.spectra.teacher
+        if data.spectra.bands is not None:
+            arrays["phonon_bands_distance_per_A"] = data.spectra.bands.distances
+            arrays["phonon_bands_model_THz"] = data.spectra.bands.model
+            arrays["phonon_bands_teacher_THz"] = data.spectra.bands.teacher
     if data.functions is not None:
         arrays["rdf_distance_A"] = data.functions.distances
         for name, table in (("model", data.functions.model), ("teacher", data.functions.teacher)):

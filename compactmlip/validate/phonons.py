@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 from ase import Atoms, units
+from ase.cell import Cell
 from pydantic import BaseModel, ConfigDict
 
 from compactmlip.validate.parity import Array
@@ -26,6 +27,9 @@ SYMMETRY = 1e-2
 
 MESH = 6
 """Wave vectors along each reciprocal axis."""
+
+BAND_POINTS = 120
+"""Wave vectors along lines between points of high symmetry."""
 
 IMAGINARY = -0.3
 """THz; what rounding and the sum rule leave of acoustic modes is above."""
@@ -68,11 +72,32 @@ class Phonons(BaseModel):
 
 
 @dataclass(frozen=True)
+class Bands:
+    """Frequencies along lines between points of high symmetry.
+
+    Attributes
+    ----------
+    distances
+        (points,) along the path in 1/Angstrom, with the factor 2 pi.
+    ticks
+        Distance and name of each point of high symmetry; "K,U" where the path jumps.
+    model, teacher
+        (points, modes) THz, sorted along modes.
+    """
+
+    distances: Array
+    ticks: tuple[tuple[float, str], ...]
+    model: Array
+    teacher: Array
+
+
+@dataclass(frozen=True)
 class Spectra:
     """Frequencies in THz, (wave vectors, modes), sorted along modes."""
 
     model: Array
     teacher: Array
+    bands: Bands | None = None
 
 
 def available() -> bool:
@@ -95,8 +120,9 @@ def compare_phonons(
         For the heat capacity.
     """
     repeats = _repeats(relaxed[1])
-    other, primitive = frequencies(teacher, relaxed[1], repeats)
-    own, _ = frequencies(model, relaxed[0], repeats, primitive)
+    theirs = force_constants(teacher, relaxed[1], repeats)
+    ours = force_constants(model, relaxed[0], repeats, np.asarray(theirs.primitive_matrix))
+    own, other = on_mesh(ours), on_mesh(theirs)
     difference = np.abs(own - other)
     found = Phonons(
         atoms=len(relaxed[0]) * int(np.prod(repeats)),
@@ -110,7 +136,31 @@ def compare_phonons(
         heat_capacity=heat_capacity(own, temperature_K),
         teacher_heat_capacity=heat_capacity(other, temperature_K),
     )
-    return found, Spectra(own, other)
+    return found, Spectra(own, other, compare_bands(ours, theirs))
+
+
+def compare_bands(model: Any, teacher: Any) -> Bands | None:
+    """Frequencies of two Phonopy objects along the path of the teacher's lattice.
+
+    The path is that of Setyawan and Curtarolo (Comput. Mater. Sci. 49, 299 (2010)), as ASE has it; None where
+    the lattice is not recognised.
+    """
+    try:
+        path = Cell(teacher.primitive.cell).bandpath(npoints=BAND_POINTS, eps=SYMMETRY)
+    except (RuntimeError, ValueError):
+        return None
+    distances, ticks, labels = path.get_linear_kpoint_axis()
+    names: list[tuple[float, str]] = []
+    for tick, label in zip(ticks, labels, strict=True):
+        if names and np.isclose(tick, names[-1][0]):  # the path jumps
+            names[-1] = (names[-1][0], f"{names[-1][1]},{label}")
+        else:
+            names.append((float(tick), str(label)))
+    found = []
+    for phonons in (model, teacher):
+        phonons.run_qpoints(path.kpts)
+        found.append(np.sort(np.asarray(phonons.qpoints.frequencies, dtype=float), axis=1))
+    return Bands(distances, tuple(names), *found)
 
 
 def displacements(atoms: Atoms) -> tuple[int, int]:
@@ -128,6 +178,24 @@ def frequencies(
 
     Parameters
     ----------
+    calculator, atoms, repeats, primitive
+        As for :func:`force_constants`.
+
+    Returns
+    -------
+    (wave vectors, modes) THz, sorted along modes, imaginary ones negative; and the primitive matrix.
+    """
+    phonons = force_constants(calculator, atoms, repeats, primitive)
+    return on_mesh(phonons), np.asarray(phonons.primitive_matrix)
+
+
+def force_constants(
+    calculator: Any, atoms: Atoms, repeats: tuple[int, int, int], primitive: Any = "auto"
+) -> Any:
+    """Phonopy object with force constants.
+
+    Parameters
+    ----------
     calculator
         ASE calculator.
     atoms
@@ -136,15 +204,16 @@ def frequencies(
         Cells of the supercell along each axis.
     primitive
         (3, 3) matrix of the primitive cell in units of the cell; "auto" finds it.
-
-    Returns
-    -------
-    (wave vectors, modes) THz, sorted along modes, imaginary ones negative; and the primitive matrix.
     """
     phonons = _phonopy(atoms, repeats, primitive)
     find_force_constants(phonons, calculator, DISPLACEMENT)
+    return phonons
+
+
+def on_mesh(phonons: Any) -> Array:
+    """Frequencies of a Phonopy object on the mesh, (wave vectors, modes) THz, sorted along modes."""
     phonons.run_mesh([MESH] * 3, is_mesh_symmetry=False, is_gamma_center=True)
-    return sorted_frequencies(phonons), np.asarray(phonons.primitive_matrix)
+    return sorted_frequencies(phonons)
 
 
 def find_force_constants(phonons: Any, calculator: Any, displacement: float) -> None:

@@ -40,7 +40,9 @@ from compactmlip.validate.checks_dynamics import (
 from compactmlip.validate.consistency import check_consistency
 from compactmlip.validate.cutoff import cutoff_step
 from compactmlip.validate.engines import EngineParity, compare_engines
+from compactmlip.validate.environment import errors_by_environment
 from compactmlip.validate.heldout import calmest, heldout_structures, typical
+from compactmlip.validate.making import read_making
 from compactmlip.validate.motion import compare_motion
 from compactmlip.validate.nve import SAMPLE_EVERY
 from compactmlip.validate.options import ValidateOptions
@@ -61,6 +63,8 @@ def validate(
     out_dir: str | Path = ".",
     stages: Sequence[cert.Stage] = (),
     *,
+    scores: str | Path | None = None,
+    front: str | Path | None = None,
     progress: bool = True,
 ) -> cert.Certificate:
     """Validate a compressed model against its teacher and write the evidence.
@@ -80,8 +84,9 @@ def validate(
     out_dir
         Made if needed; gets ``certificate.json``, ``report.html``, ``heldout.extxyz`` (with the reference
         labels) and ``validation.npz``.
-    stages
-        Rows about how the model was made, for the report.
+    stages, scores, front
+        How the model was made, for the report: rows of a table, importance of the teacher's channels
+        (written by ``compactmlip importance``), and ``front.json`` of ``compactmlip search``.
 
     Raises
     ------
@@ -96,6 +101,12 @@ def validate(
     paths = {"model": Path(model), "teacher": Path(teacher)}
     calculators = {name: _calculator(path, options.device) for name, path in paths.items()}
     usable = _usable(frames, calculators)
+    making = read_making(
+        calculators["model"].spec,
+        paths["teacher"],
+        Path(scores) if scores else None,
+        Path(front) if front else None,
+    )
     out = Path(out_dir)
     out.mkdir(parents=True, exist_ok=True)
     parts = Parts(out, identity(list(paths.values()), frames, options))
@@ -131,6 +142,7 @@ def validate(
         found.spectra,
         found.functions,
         moves[1] if moves else None,
+        making,
     )
     errors = parity(heldout, reference, predicted)
     dtype = calculators["model"].spec.dtype
@@ -149,6 +161,7 @@ def validate(
     engines = parts.of("engines", lambda: _engines(paths["model"], calculators["model"], start))
     measured: dict[str, Any] = {
         "parity": errors,
+        "environments": errors_by_environment(heldout, reference, predicted),
         "consistency": consistency,
         "engines": engines,
         "cutoff": ends,

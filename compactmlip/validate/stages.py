@@ -15,6 +15,7 @@ from compactmlip.validate.density import LONGEST, SHORTEST, DensityComparison, c
 from compactmlip.validate.ensemble import (
     LONGEST as LONGEST_RUN,
     RUNS,
+    SAMPLE_EVERY as RUN_SAMPLES,
     SHORTEST as SHORTEST_RUN,
     WARM_UP as RUN_WARM_UP,
     Ensembles,
@@ -145,12 +146,19 @@ def short_range(setting: Setting) -> tuple[list[Approach], list[Curve]]:
 
 
 def ensembles(setting: Setting) -> Ensembles | None:
-    """Several runs of both with a thermostat."""
+    """Several runs of both with a thermostat, or of the model where the teacher is too slow."""
     options = setting.options
     cell = near_size(setting.start, ENSEMBLE_ATOMS)
-    each = RUNS * setting.seconds(cell)
-    steps = affordable_steps(each, options.ensemble_seconds, LONGEST_RUN + RUN_WARM_UP) - RUN_WARM_UP
-    if steps < SHORTEST_RUN or len(cell) < 2:
+    own, other = (RUNS * setting.seconds(cell, name) for name in ("model", "teacher"))
+    for energies_only in (False, True):
+        per_step = own + (other / RUN_SAMPLES if energies_only else other)
+        warm_up = RUN_WARM_UP * (own if energies_only else own + other)
+        steps = affordable_steps(per_step, options.ensemble_seconds - warm_up, LONGEST_RUN)
+        if steps >= SHORTEST_RUN:
+            break
+    else:
+        return None
+    if len(cell) < 2:
         return None
     return compare_ensembles(
         *setting.pair,
@@ -158,6 +166,7 @@ def ensembles(setting: Setting) -> Ensembles | None:
         steps=steps,
         warm_up=RUN_WARM_UP,
         runs=RUNS,
+        energies_only=energies_only,
         temperature_K=options.temperature_K,
         timestep_fs=options.timestep_fs,
         seed=options.seed,
@@ -170,10 +179,9 @@ def in_dynamics(
     runs: Ensembles | None,
 ) -> tuple[tuple[tuple[Distribution, ...], Functions] | None, tuple[Vibration, ...]]:
     """Radial distribution functions, and how far atoms move from their sites."""
-    if runs is None or not runs.complete:
+    if runs is None or not runs.sampling.comparable:
         return None, ()
-    paired = (runs.cell, runs.model, runs.teacher)
-    return compare_structure(*paired), compare_vibrations(*paired)
+    return compare_structure(runs), compare_vibrations(runs)
 
 
 def thermostat(setting: Setting, cell: Atoms) -> KineticEnergy | None:

@@ -5,7 +5,6 @@ Allen and Tildesley, Computer Simulation of Liquids, 2nd ed., section 2.6.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +12,7 @@ from ase import Atoms
 from pydantic import BaseModel, ConfigDict
 
 from compactmlip.data.neighbors import VerletList
+from compactmlip.validate.ensemble import Ensembles
 from compactmlip.validate.parity import Array
 from compactmlip.validate.statistics import chance_limit
 
@@ -77,29 +77,27 @@ class Functions:
     teacher: dict[str, Array]
 
 
-def compare_structure(
-    atoms: Atoms, model: Array, teacher: Array
-) -> tuple[tuple[Distribution, ...], Functions] | None:
-    """Compare independent runs of both.
-
-    Parameters
-    ----------
-    atoms
-        Species and cell, periodic in all directions.
-    model, teacher
-        (runs, frames, N, 3) positions; an even number of runs, at least four.
+def compare_structure(runs: Ensembles) -> tuple[tuple[Distribution, ...], Functions] | None:
+    """Compare radial distribution functions in several runs, an even number of at least four.
 
     Returns
     -------
-    Summaries by pair, and the functions; None where the structure is not periodic.
+    Summaries by pair, and the functions; None where the structure is not periodic in all directions.
     """
-    if not atoms.pbc.all() or not model.size:
+    atoms = runs.cell
+    if not atoms.pbc.all() or not runs.model.size:
         return None
-    distances, own = _by_run(atoms, model)
-    _, other = _by_run(atoms, teacher)
+    distances, pairs = _names(atoms)
+
+    def observe(positions: Array) -> Array:
+        _, found = radial_distributions(atoms, positions)
+        return np.stack([found[pair] for pair in pairs], axis=1)
+
+    own, other = runs.averages(observe)
     found = []
-    for pair, functions in other.items():
-        reference, mine = functions.mean(axis=0), own[pair].mean(axis=0)
+    for k, pair in enumerate(pairs):
+        ours, theirs = own[:, k], other[:, k]
+        reference, mine = theirs.mean(axis=0), ours.mean(axis=0)
         if not reference.any():
             continue
         total = _area(reference)
@@ -110,17 +108,11 @@ def compare_structure(
                 model=first_peak(distances, mine, density),
                 teacher=first_peak(distances, reference, density),
                 error=100 * _area(mine - reference) / total,
-                chance=100 * chance_limit(own[pair] - functions, _area) / total,
+                chance=100 * chance_limit(ours - theirs, _area) / total,
             )
         )
-    return tuple(found), Functions(distances, _means(own), _means(other))
-
-
-def _by_run(atoms: Atoms, positions: Array) -> tuple[Array, dict[str, Array]]:
-    """Middles of the bins, and by pair (runs, bins): the functions of each run."""
-    runs, frames = positions.shape[:2]
-    distances, found = radial_distributions(atoms, positions.reshape(runs * frames, *positions.shape[2:]))
-    return distances, {pair: f.reshape(runs, frames, -1).mean(axis=1) for pair, f in found.items()}
+    means = ({pair: table[:, k].mean(axis=0) for k, pair in enumerate(pairs)} for table in (own, other))
+    return tuple(found), Functions(distances, *means)
 
 
 def radial_distributions(atoms: Atoms, positions: Array) -> tuple[Array, dict[str, Array]]:
@@ -138,22 +130,30 @@ def radial_distributions(atoms: Atoms, positions: Array) -> tuple[Array, dict[st
     Middles of the bins (bins,), and by pair "A-B" with A <= B (frames, bins); 1 in an ideal gas.
     """
     symbols = np.array(atoms.get_chemical_symbols())
-    kinds = sorted(set(symbols.tolist()))
     edges = np.arange(0.0, RANGE + WIDTH / 2, WIDTH)
     shells = 4 / 3 * np.pi * np.diff(edges**3)
-    pairs = [(a, b) for k, a in enumerate(kinds) for b in kinds[k:]]
-    found = {f"{a}-{b}": np.zeros((len(positions), len(shells))) for a, b in pairs}
+    middles, names = _names(atoms)
+    found = {name: np.zeros((len(positions), len(shells))) for name in names}
     system, search = atoms.copy(), VerletList(RANGE, skin=0.5)
     for k, frame in enumerate(positions):
         system.positions = frame
         centers, neighbors, vectors = search.edges(system)
         lengths = np.linalg.norm(vectors, axis=1)
-        for a, b in pairs:
+        for name in names:
+            a, b = name.split("-")
             chosen = (symbols[centers] == a) & (symbols[neighbors] == b)
             counts, _ = np.histogram(lengths[chosen], edges)
             expected = (symbols == a).sum() * (symbols == b).sum() / atoms.get_volume() * shells
-            found[f"{a}-{b}"][k] = counts / expected
-    return 0.5 * (edges[1:] + edges[:-1]), found
+            found[name][k] = counts / expected
+    return middles, found
+
+
+def _names(atoms: Atoms) -> tuple[Array, list[str]]:
+    """Middles of the bins in Angstrom, and pairs of species "A-B" with A <= B."""
+    kinds = sorted(set(atoms.get_chemical_symbols()))
+    count = round(RANGE / WIDTH)
+    middles = np.asarray(WIDTH * (np.arange(count) + 0.5), dtype=float)
+    return middles, [f"{a}-{b}" for k, a in enumerate(kinds) for b in kinds[k:]]
 
 
 def first_peak(distances: Array, function: Array, density: float) -> Peak:
@@ -198,7 +198,3 @@ def _vertex(x: Array, y: Array, k: int) -> tuple[float, float]:
 
 def _area(function: Array) -> float:
     return float(np.abs(function).sum())
-
-
-def _means(functions: Mapping[str, Array]) -> dict[str, Array]:
-    return {pair: f.mean(axis=0) for pair, f in functions.items()}

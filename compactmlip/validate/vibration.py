@@ -7,9 +7,9 @@ the stiffness of all modes at once (Willis and Pryor, Thermal Vibrations in Crys
 from __future__ import annotations
 
 import numpy as np
-from ase import Atoms
 from pydantic import BaseModel, ConfigDict
 
+from compactmlip.validate.ensemble import Ensembles
 from compactmlip.validate.motion import LINDEMANN, spacing, without_drift
 from compactmlip.validate.parity import Array
 from compactmlip.validate.statistics import Estimate, independent
@@ -51,25 +51,19 @@ class Vibration(BaseModel):
         return Estimate(self.difference, self.difference_error, self.runs - 1).excess(0.0)
 
 
-def compare_vibrations(atoms: Atoms, model: Array, teacher: Array) -> tuple[Vibration, ...]:
-    """Compare runs of model and teacher.
-
-    Parameters
-    ----------
-    atoms
-        Species, masses and cell.
-    model, teacher
-        (runs, frames, N, 3) positions at one temperature, not wrapped into the cell; at least two runs.
+def compare_vibrations(runs: Ensembles) -> tuple[Vibration, ...]:
+    """Compare how far atoms move from their mean positions in several runs, two at least.
 
     Returns
     -------
     A summary for each species that stays at its sites in the teacher, by Lindemann's rule; none for
     structures that are not periodic in all directions, which may turn as a whole.
     """
-    if not atoms.pbc.all() or min(len(model), len(teacher)) < 2 or not model.shape[1]:
+    atoms = runs.cell
+    if not atoms.pbc.all() or not runs.model.size:
         return ()
+    own, other = _squares(runs)
     symbols = np.array(atoms.get_chemical_symbols())
-    own, other = _squares(atoms, model), _squares(atoms, teacher)
     rows = []
     for symbol in sorted(set(symbols.tolist())):
         chosen = symbols == symbol
@@ -80,7 +74,7 @@ def compare_vibrations(atoms: Atoms, model: Array, teacher: Array) -> tuple[Vibr
         row = Vibration(
             species=symbol,
             atoms=int(chosen.sum()),
-            runs=len(model),
+            runs=len(own),
             model=ours.value,
             model_error=ours.error,
             teacher=theirs.value,
@@ -92,7 +86,16 @@ def compare_vibrations(atoms: Atoms, model: Array, teacher: Array) -> tuple[Vibr
     return tuple(rows)
 
 
-def _squares(atoms: Atoms, positions: Array) -> Array:
-    """(runs, N) mean square displacement of each atom from its mean position over all runs."""
-    still = np.stack([without_drift(atoms, run) for run in positions])
-    return ((still - still.mean(axis=(0, 1))) ** 2).sum(axis=3).mean(axis=1)
+def _squares(runs: Ensembles) -> tuple[Array, Array]:
+    """(runs, N) mean square displacement of each atom from its mean position over all runs, in both."""
+    atoms = runs.cell
+
+    def still(positions: Array) -> Array:
+        return np.stack([without_drift(atoms, run) for run in positions])
+
+    sites = still(runs.model).mean(axis=(0, 1))
+    own, other = runs.averages(lambda run: ((without_drift(atoms, run) - sites) ** 2).sum(axis=2))
+    if runs.teacher is not None:  # about its own sites
+        theirs = still(runs.teacher)
+        other = ((theirs - theirs.mean(axis=(0, 1))) ** 2).sum(axis=3).mean(axis=1)
+    return own, other

@@ -82,6 +82,24 @@ def test_comparison(aluminium: Atoms) -> None:
     assert {c.verdict for c in phonon_checks(same, Thresholds())} == {"pass"}
 
 
+def test_bands_along_lines_of_symmetry(aluminium: Atoms) -> None:
+    """At X, L and on the way there: the frequencies in closed form, and names at their distances."""
+    _, spectra = compare_phonons(Springs(1.21), Springs(1.0), (aluminium, aluminium))
+    bands = spectra.bands
+    assert bands is not None and bands.model == pytest.approx(1.1 * bands.teacher, abs=0.02)
+    assert {"G", "X", "L", "K,U"} <= {name for _, name in bands.ticks}
+    assert np.all(np.diff(bands.distances) >= 0)
+    (start, first), (x, second) = bands.ticks[:2]
+    assert (start, first, second) == (0, "G", "X") and x == pytest.approx(2 * np.pi / LATTICE)
+    at_x = int(np.argmin(np.abs(bands.distances - x)))
+    assert bands.teacher[at_x] == pytest.approx(
+        exact(aluminium, 1.0, np.array([0, 0, 2 * np.pi / LATTICE])), abs=0.02
+    )
+    half = int(np.argmin(np.abs(bands.distances - x / 2)))
+    q = np.array([0, 0, bands.distances[half]])
+    assert bands.teacher[half] == pytest.approx(exact(aluminium, 1.0, q), abs=0.02)
+
+
 def test_number_of_displacements(aluminium: Atoms) -> None:
     """Symmetry leaves one displacement; lower symmetry needs more."""
     assert displacements(aluminium) == (1, 4 * 8)

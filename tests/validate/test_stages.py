@@ -93,7 +93,7 @@ def test_all_parts_of_a_crystal(monkeypatch: pytest.MonkeyPatch) -> None:
     assert done["thermostat"] is not None and done["thermostat"].steps == 41
     assert done["density"] is not None and done["density"].model == done["density"].teacher
     runs = done["ensembles"]
-    assert runs is not None and runs.complete and runs.model.shape == (6, 2, 32, 3)
+    assert runs is not None and runs.sampling.method == "runs" and runs.model.shape == (6, 2, 32, 3)
     structure, vibration = stages.in_dynamics(runs)
     assert structure is not None and [row.error for row in structure[0]] == [0.0]
     assert [(row.species, row.difference) for row in vibration] == [("Ar", 0.0)]

@@ -11,7 +11,7 @@ from ase import Atoms
 from ase.build import bulk
 
 from compactmlip.validate.checks import Thresholds, structure_checks
-from compactmlip.validate.ensemble import Sampling
+from compactmlip.validate.ensemble import Ensembles, Sampling
 from compactmlip.validate.report import build_report
 from compactmlip.validate.structure import (
     RANGE,
@@ -34,6 +34,15 @@ def runs(atoms: Atoms, amplitude: float, seed: int, scale: float = 1.0, frames: 
     """Six of them, of which each has an amplitude of its own, as vibrations that keep their energies do."""
     spread = np.random.default_rng((seed, 1)).normal(1.0, 0.05, 6)
     return np.stack([thermal(atoms, frames, amplitude * spread[k], 10 * seed + k, scale) for k in range(6)])
+
+
+SAMPLING = Sampling(method="runs", atoms=64, runs=6, steps=80, temperature_K=300, timestep_fs=1)
+
+
+def compared(atoms: Atoms, model: np.ndarray, teacher: np.ndarray) -> tuple[Distribution, ...]:
+    found = compare_structure(Ensembles(SAMPLING, atoms, model, teacher, None))
+    assert found is not None
+    return found[0]
 
 
 @pytest.fixture(scope="module")
@@ -78,17 +87,15 @@ def test_peak_height_of_a_gaussian_shell() -> None:
 
 def test_same_potential_is_noise_and_another_is_not(crystal: Atoms) -> None:
     teacher = runs(crystal, 0.08, 1)
-    compared = compare_structure(crystal, runs(crystal, 0.08, 2), teacher)
-    assert compared is not None
-    for row in compared[0]:
+    same = compared(crystal, runs(crystal, 0.08, 2), teacher)
+    for row in same:
         assert 0 < row.error < row.chance and row.excess == 0
-    assert [c.verdict for c in structure_checks(compared[0], Thresholds())] == ["pass"]
-    hotter = compare_structure(crystal, runs(crystal, 0.16, 3), teacher)
-    assert hotter is not None and all(row.excess > 20 for row in hotter[0])
-    assert [c.verdict for c in structure_checks(hotter[0], Thresholds())] == ["fail"]
-    assert all(row.model.height < 0.7 * row.teacher.height for row in hotter[0])
-    swelled = compare_structure(crystal, runs(crystal, 0.08, 3, scale=1.02), teacher)
-    assert swelled is not None and max(row.excess for row in swelled[0]) > 5
+    assert [c.verdict for c in structure_checks(same, Thresholds())] == ["pass"]
+    hotter = compared(crystal, runs(crystal, 0.16, 3), teacher)
+    assert all(row.excess > 20 for row in hotter)
+    assert [c.verdict for c in structure_checks(hotter, Thresholds())] == ["fail"]
+    assert all(row.model.height < 0.7 * row.teacher.height for row in hotter)
+    assert max(row.excess for row in compared(crystal, runs(crystal, 0.08, 3, scale=1.02), teacher)) > 5
 
 
 def test_false_alarms(crystal: Atoms) -> None:
@@ -96,26 +103,43 @@ def test_false_alarms(crystal: Atoms) -> None:
     excess = []
     for seed in range(12):
         both = (runs(crystal, 0.08, 2 * seed, frames=3), runs(crystal, 0.08, 2 * seed + 1, frames=3))
-        compared = compare_structure(crystal, *both)
-        assert compared is not None
-        excess += [row.excess for row in compared[0]]
+        excess += [row.excess for row in compared(crystal, *both)]
     assert np.mean(np.array(excess) > 0) < 0.03
+
+
+def test_teacher_that_tells_energies(crystal: Atoms) -> None:
+    """Independent wells: springs of the teacher are 10 % stiffer, and peaks 5 % narrower."""
+    states, stiffness = runs(crystal, 0.08, 4, frames=40), 8.617e-5 * 300 / 0.08**2
+    squares = ((states - crystal.positions) ** 2).sum(axis=(2, 3))
+    sampling = SAMPLING.model_copy(update={"method": "energies"})
+    none = compare_structure(Ensembles(sampling, crystal, states, None, 0 * squares + 3.0))
+    assert none is not None and all(row.error < 1e-9 and row.excess == 0 for row in none[0])
+    found = compare_structure(Ensembles(sampling, crystal, states, None, 0.05 * stiffness * squares))
+    assert found is not None
+    narrower = runs(crystal, 0.08 / np.sqrt(1.1), 5, frames=40)
+    for row, direct in zip(found[0], compared(crystal, states, narrower), strict=True):
+        assert row.model == direct.model and row.teacher.height > 1.02 * row.model.height
+        assert row.teacher.height == pytest.approx(direct.teacher.height, rel=0.04)
 
 
 def test_not_periodic_or_nothing_there(crystal: Atoms) -> None:
     slab = crystal.copy()
     slab.pbc = (True, True, False)
     some = runs(crystal, 0.05, 0, frames=1)
-    assert compare_structure(slab, some, some) is None
-    assert compare_structure(crystal, some[:, :0], some[:, :0]) is None
+    assert compare_structure(Ensembles(SAMPLING, slab, some, some, None)) is None
+    assert compare_structure(Ensembles(SAMPLING, crystal, some[:, :0], some[:, :0], None)) is None
     assert structure_checks((), Thresholds()) == []
 
 
-def test_in_the_report(evidence: Any, crystal: Atoms) -> None:
-    compared = compare_structure(crystal, runs(crystal, 0.05, 0), runs(crystal, 0.05, 1))
-    assert compared is not None and isinstance(compared[0][0], Distribution)
+@pytest.mark.parametrize("method", ["runs", "energies"])
+def test_in_the_report(evidence: Any, crystal: Atoms, method: str) -> None:
+    found = compare_structure(
+        Ensembles(SAMPLING, crystal, runs(crystal, 0.05, 0), runs(crystal, 0.05, 1), None)
+    )
+    assert found is not None and isinstance(found[0][0], Distribution)
     certificate, data = evidence()
-    sampling = Sampling(atoms=64, runs=6, steps=80, temperature_K=300, timestep_fs=1)
-    changed = certificate.model_copy(update={"structure": compared[0], "sampling": sampling})
-    html = build_report(changed, replace(data, functions=compared[1]))
+    sampling = SAMPLING.model_copy(update={"method": method, "spread": 0.3})
+    changed = certificate.model_copy(update={"structure": found[0], "sampling": sampling})
+    html = build_report(changed, replace(data, functions=found[1]))
     assert "Structure in dynamics" in html and "figure-rdf" in html
+    assert ("too slow to run" in html) == (method == "energies")

@@ -21,7 +21,15 @@ from compactmlip.validate.report.formats import (
     signed,
     times,
 )
-from compactmlip.validate.report.physics import approach_figure, motion_figure, phonons_figure, rdf_figure
+from compactmlip.validate.report.making import front_figure, importance_figure
+from compactmlip.validate.report.physics import (
+    approach_figure,
+    bands_figure,
+    environment_figure,
+    motion_figure,
+    phonons_figure,
+    rdf_figure,
+)
 
 if TYPE_CHECKING:
     from compactmlip.validate.output import ValidationData
@@ -55,9 +63,12 @@ def build_report(certificate: Certificate, data: ValidationData) -> str:
     template = environment.from_string(package.joinpath("report.html.j2").read_text(encoding="utf-8"))
     drawn = {name: Markup(svg) if svg else "" for name, svg in _figures(certificate, data).items()}
     further = environment.from_string(package.joinpath("dynamics.html.j2").read_text(encoding="utf-8"))
+    made = environment.from_string(package.joinpath("making.html.j2").read_text(encoding="utf-8"))
+    criterion = data.making.criterion if data.making else ""
     return template.render(
         c=certificate,
         dynamics=Markup(further.render(c=certificate, figures=drawn)),
+        making=Markup(made.render(figures=drawn, criterion=criterion)) if data.making else "",
         css=Markup(package.joinpath("report.css").read_text(encoding="utf-8")),
         figures=drawn,
         summary=_summary(certificate),
@@ -73,7 +84,7 @@ def build_report(certificate: Certificate, data: ValidationData) -> str:
 
 
 def _figures(c: Certificate, data: ValidationData) -> dict[str, str]:
-    has_stress = c.parity.stress is not None
+    has_stress, making = c.parity.stress is not None, data.making
     return {
         "energy": figures.energy_figure(data.frames, data.reference, data.predicted),
         "forces": figures.forces_figure(data.frames, data.reference, data.predicted),
@@ -84,9 +95,21 @@ def _figures(c: Certificate, data: ValidationData) -> dict[str, str]:
         "rdf": rdf_figure(data.functions) if data.functions else "",
         "motion": motion_figure(data.displacements) if data.displacements else "",
         "phonons": phonons_figure(data.spectra) if data.spectra else "",
+        "bands": bands_figure(data.spectra.bands) if data.spectra and data.spectra.bands else "",
+        "environment": environment_figure(c.environments) if c.environments else "",
+        "importance": importance_figure(making.scores, making.kept, making.criterion)
+        if making and making.scores
+        else "",
+        "front": front_figure(making.front, _own_point(c)) if making and making.front else "",
         "short_range": approach_figure(data.curves, c.short_range) if data.curves else "",
         "speed": figures.speed_figure(c.speed) if c.speed else "",
     }
+
+
+def _own_point(c: Certificate) -> tuple[float, float] | None:
+    """Speed over the teacher's on the largest structure that both did, and force error."""
+    ratios = [(row.atoms, ratio) for row in c.speed if (ratio := row.ratio()) is not None]
+    return (max(ratios)[1], c.parity.forces.mae) if ratios else None
 
 
 ADVICE = {

@@ -1,4 +1,4 @@
-"""Figures of short distances, phonons, radial distribution functions and motion."""
+"""Figures of environments, short distances, phonons, radial distribution functions and motion."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from compactmlip.validate.environment import EnvironmentErrors
 from compactmlip.validate.motion import Displacements
-from compactmlip.validate.phonons import Spectra
-from compactmlip.validate.report.figures import INK, MODEL, TEACHER, render_svg, styled
+from compactmlip.validate.phonons import Bands, Spectra
+from compactmlip.validate.report.figures import INK, MARKERS, MODEL, PALETTE, TEACHER, render_svg, styled
 from compactmlip.validate.short_range import Approach, Curve
 from compactmlip.validate.structure import Functions
 
@@ -27,7 +28,7 @@ BROADENING = 0.015
 @styled
 def approach_figure(curves: Sequence[Curve], summaries: Sequence[Approach]) -> str:
     """One panel for each pair of species: energies of model and teacher, on a scale linear up to 1 eV."""
-    figure, panels = _grid(len(curves))
+    figure, panels = grid(len(curves))
     for axes, curve, summary in zip(panels, curves, summaries, strict=False):
         for name, colour in (("teacher", TEACHER), ("model", MODEL)):
             if name in curve.energies:
@@ -66,9 +67,62 @@ def phonons_figure(spectra: Spectra) -> str:
 
 
 @styled
+def bands_figure(bands: Bands) -> str:
+    """Frequencies along lines of high symmetry, of both on the same wave vectors."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.6, 3.2), layout="constrained")
+    axes = figure.subplots()
+    for table, colour, width, label in (
+        (bands.teacher, TEACHER, 2.0, "teacher"),
+        (bands.model, MODEL, 1.0, "model"),
+    ):
+        lines = axes.plot(bands.distances, table, color=colour, linewidth=width)
+        lines[0].set_label(label)
+    for tick, _ in bands.ticks:
+        axes.axvline(tick, color=INK, alpha=0.25, linewidth=0.6)
+    axes.axhline(0, color=INK, alpha=0.4, linewidth=0.6)
+    names = [name.replace("G", "Γ") for _, name in bands.ticks]
+    axes.set_xticks([tick for tick, _ in bands.ticks], names)
+    axes.set_xlim(float(bands.distances[0]), float(bands.distances[-1]))
+    axes.set_ylabel("frequency (THz)")
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncols=2, borderaxespad=0.2)
+    return render_svg(figure, "bands", "Phonon bands of model and teacher along lines of high symmetry.")
+
+
+@styled
+def environment_figure(rows: Sequence[EnvironmentErrors]) -> str:
+    """Force errors against the number of neighbours, by species; large dots stand for many atoms."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    figure = Figure(figsize=(5.2, 3.0), layout="constrained")
+    axes = figure.subplots()
+    axes.grid(color=INK, alpha=0.12, linewidth=0.6)
+    kinds = sorted({row.species for row in rows})
+    most = max(row.atoms for row in rows)
+    for k, kind in enumerate(kinds):
+        own = [row for row in rows if row.species == kind]
+        # Beside each other where numbers of neighbours are equal.
+        x = np.array([row.neighbors for row in own]) + 0.24 * ((k + 0.5) / len(kinds) - 0.5)
+        y = np.array([row.forces for row in own])
+        errors = np.nan_to_num([row.forces_error for row in own])
+        colour, marker = PALETTE[k % len(PALETTE)], MARKERS[k // len(PALETTE) % len(MARKERS)]
+        axes.errorbar(x, y, errors, fmt="none", ecolor=colour, elinewidth=0.9)
+        sizes = 12 + 60 * np.sqrt(np.array([row.atoms for row in own]) / most)
+        axes.scatter(x, y, s=sizes, color=colour, marker=marker, linewidths=0, label=kind)
+    axes.set_xlabel("neighbours (effective coordination number)")
+    axes.set_ylabel("force error (meV/Å)")
+    axes.set_ylim(bottom=0)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.legend(loc="best", ncols=1 + len(kinds) // 6)
+    return render_svg(figure, "environment", "Force error by species and number of neighbours.")
+
+
+@styled
 def rdf_figure(functions: Functions) -> str:
     """One panel for each pair of species."""
-    figure, panels = _grid(len(functions.teacher))
+    figure, panels = grid(len(functions.teacher))
     for axes, pair in zip(panels, functions.teacher, strict=False):
         axes.plot(functions.distances, functions.teacher[pair], color=TEACHER, linewidth=1.6, label="teacher")
         axes.plot(functions.distances, functions.model[pair], color=MODEL, linewidth=1.0, label="model")
@@ -82,7 +136,7 @@ def rdf_figure(functions: Functions) -> str:
 @styled
 def motion_figure(displacements: Displacements) -> str:
     """One panel for each species: mean square displacement, both axes logarithmic."""
-    figure, panels = _grid(len(displacements.teacher))
+    figure, panels = grid(len(displacements.teacher))
     for axes, symbol in zip(panels, displacements.teacher, strict=False):
         for found, colour, label in (
             (displacements.teacher, TEACHER, "teacher"),
@@ -98,7 +152,7 @@ def motion_figure(displacements: Displacements) -> str:
     return render_svg(figure, "motion", "Mean square displacement of each species in model and teacher.")
 
 
-def _grid(count: int) -> tuple[Figure, list[Axes]]:
+def grid(count: int) -> tuple[Figure, list[Axes]]:
     """Panels, ``count`` of them with axes."""
     from matplotlib.figure import Figure
 
