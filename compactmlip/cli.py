@@ -281,6 +281,12 @@ def validate(
         list[Path],
         typer.Option("--structure", help="Held-out labelled structures, or structures to sample from."),
     ],
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option(
+            help="Checkpoint that the model was compiled from, to compare in plain PyTorch as well."
+        ),
+    ] = None,
     scores: Annotated[
         Path | None,
         typer.Option(help="Scores of 'compactmlip importance' on the teacher, shown in the report."),
@@ -309,6 +315,7 @@ def validate(
         read_structures(structure),
         options,
         folder,
+        source=checkpoint,
         scores=scores,
         front=front,
         progress=not as_json,

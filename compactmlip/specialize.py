@@ -301,6 +301,7 @@ class _Run:
             self._seeded(self.options.validation).model_copy(update={"device": self.options.device}),
             self.folder.path,
             self._stages(),
+            source=self.folder / "distilled.safetensors",
             scores=self.folder / SCORES if (self.folder / SCORES).is_file() else None,
             progress=self.progress,
         )

@@ -39,7 +39,7 @@ from compactmlip.validate.checks_dynamics import (
 )
 from compactmlip.validate.consistency import check_consistency
 from compactmlip.validate.cutoff import cutoff_step
-from compactmlip.validate.engines import EngineParity, compare_engines
+from compactmlip.validate.engines import EngineParity, compare_engines, compare_plain
 from compactmlip.validate.environment import errors_by_environment
 from compactmlip.validate.heldout import calmest, heldout_structures, typical
 from compactmlip.validate.making import read_making
@@ -63,6 +63,7 @@ def validate(
     out_dir: str | Path = ".",
     stages: Sequence[cert.Stage] = (),
     *,
+    source: str | Path | None = None,
     scores: str | Path | None = None,
     front: str | Path | None = None,
     progress: bool = True,
@@ -84,6 +85,8 @@ def validate(
     out_dir
         Made if needed; gets ``certificate.json``, ``report.html``, ``heldout.extxyz`` (with the reference
         labels) and ``validation.npz``.
+    source
+        The checkpoint that the model was compiled from: it is compared as well, in plain PyTorch.
     stages, scores, front
         How the model was made, for the report: rows of a table, importance of the teacher's channels
         (written by ``compactmlip importance``), and ``front.json`` of ``compactmlip search``.
@@ -158,7 +161,7 @@ def validate(
     )
     present = {symbol for atoms in heldout for symbol in atoms.get_chemical_symbols()}
     ends = cutoff_step(calculators["model"], sorted(present), calculators["model"].spec.cutoff)
-    engines = parts.of("engines", lambda: _engines(paths["model"], calculators["model"], start))
+    engines = parts.of("engines", lambda: _engines(paths["model"], calculators["model"], start, source))
     measured: dict[str, Any] = {
         "parity": errors,
         "environments": errors_by_environment(heldout, reference, predicted),
@@ -289,10 +292,16 @@ def _same_engine(paths: dict[str, Path], calculators: dict[str, Any]) -> Iterato
         yield {**calculators, "teacher": _calculator(compiled, "cpu")}
 
 
-def _engines(model: Path, calculator: Any, start: Atoms) -> tuple[EngineParity, ...]:
-    """Compare LAMMPS with ASE, for files that LAMMPS can run on several processes."""
+def _engines(
+    model: Path, calculator: Any, start: Atoms, source: str | Path | None
+) -> tuple[EngineParity, ...]:
+    """Compare the checkpoint in plain PyTorch, and LAMMPS where it can run the file on several processes."""
     from compactmlip.deploy.archive import inspect
 
-    if model.suffix != ".pt" or inspect(model)[1].backend != "kernels":
+    if model.suffix not in (".pt", ".pt2"):
         return ()
-    return compare_engines(model, calculator, near_size(start, SMALL_CELL))
+    deployment, cell = inspect(model)[1], near_size(start, SMALL_CELL)
+    plain = compare_plain(source, deployment, calculator, cell) if source else ()
+    if deployment.backend != "kernels":
+        return plain
+    return (*plain, *compare_engines(model, calculator, cell))

@@ -10,14 +10,15 @@ from ase import Atoms
 from ase.build import bulk, molecule
 from torch import nn
 
-from compactmlip import CompactMLIPCalculator
+from compactmlip import CompactMLIPCalculator, checkpoint
+from compactmlip.deploy.archive import inspect
 from compactmlip.deploy.compile import compile_model
-from compactmlip.errors import KernelError
+from compactmlip.errors import InputError, KernelError
 from compactmlip.lammps.build import build, installed
 from compactmlip.lammps.evaluate import LammpsRun
 from compactmlip.validate import engines
 from compactmlip.validate.checks import engine_checks
-from compactmlip.validate.engines import EngineParity, compare_engines
+from compactmlip.validate.engines import EngineParity, compare_engines, compare_plain
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +29,8 @@ def model(make_model: Any, make_spec: Any, kernels: None, tmp_path_factory: pyte
     build(installation)
     network: nn.Module = make_model(make_spec(num_layers=2, lmax_edge=1), seed=2)
     path = tmp_path_factory.mktemp("engines") / "model.pt"
-    compile_model(network, path, dtype="float64", backend="kernels")
+    source = checkpoint.save(network, path.with_suffix(".safetensors"))
+    compile_model(source, path, dtype="float64", backend="kernels")
     return path
 
 
@@ -46,6 +48,31 @@ def test_ase_and_lammps_agree(model: Path, skewed: Atoms) -> None:
     for row in found:
         assert row.atoms == 16 and row.energy < 1e-8 and row.forces < 1e-7 and not row.failure
     assert {c.verdict for c in engine_checks(found, "float64")} == {"pass"}
+
+
+def test_plain_pytorch_agrees(model: Path, skewed: Atoms) -> None:
+    """The checkpoint as it was trained, and as TorchScript of plain operations; tables change 1e-5 eV/A."""
+    deployment = inspect(model)[1]
+    source = model.with_name("model.safetensors")
+    found = compare_plain(source, deployment, CompactMLIPCalculator(model), skewed)
+    assert [f.engine for f in found] == ["PyTorch, eager", "TorchScript, plain operations"]
+    for row in found:
+        assert 0 < row.forces < 0.02 and row.energy < 1e-3 and not row.failure
+    assert found[0].forces == pytest.approx(found[1].forces, rel=0.05)
+    assert {c.verdict for c in engine_checks(found, "float64")} == {"pass"} and found[0].tables == 0.02
+    reduced = deployment.model_copy(update={"precision": "bf16"})
+    assert compare_plain(source, reduced, CompactMLIPCalculator(model), skewed) == ()
+    changed = deployment.model_copy(update={"source_sha256": "0" * 64})
+    with pytest.raises(InputError, match="not the checkpoint"):
+        compare_plain(source, changed, CompactMLIPCalculator(model), skewed)
+
+
+def test_plain_pytorch_that_differs(model: Path, skewed: Atoms, make_model: Any, make_spec: Any) -> None:
+    """As if the file computed something else than its checkpoint."""
+    other = CompactMLIPCalculator(make_model(make_spec(num_layers=2, lmax_edge=1), seed=3))
+    found = compare_plain(model.with_name("model.safetensors"), inspect(model)[1], other, skewed)
+    assert all(row.forces > 1 for row in found)
+    assert {c.verdict for c in engine_checks(found, "float32")} == {"fail"}
 
 
 def test_molecule(model: Path) -> None:
