@@ -96,7 +96,7 @@ def environment_figure(rows: Sequence[EnvironmentErrors]) -> str:
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    figure = Figure(figsize=(5.2, 3.0), layout="constrained")
+    figure = Figure(figsize=(4.2, 3.4), layout="constrained")
     axes = figure.subplots()
     axes.grid(color=INK, alpha=0.12, linewidth=0.6)
     kinds = sorted({row.species for row in rows})
