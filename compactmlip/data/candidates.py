@@ -11,7 +11,7 @@ import numpy as np
 from ase import Atoms
 from torch import nn
 
-from compactmlip.data.md import stiffness, teacher_trajectory
+from compactmlip.data.md import stiffness, trajectory
 from compactmlip.data.perturb import (
     SHORTEST_DISTANCE_RATIO,
     Repeats,
@@ -264,7 +264,7 @@ def md_candidates(
     cost = sum(run.cost for run in runs)
     with Track("Teacher MD", cost, "atoms", enabled=progress and bool(runs)) as track:
         for number, run in enumerate(runs):
-            frames = teacher_trajectory(
+            frames = trajectory(
                 run.source.displaced(run.source.base, run.temperature, rng),
                 teacher,
                 run.temperature,

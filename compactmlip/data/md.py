@@ -1,4 +1,4 @@
-"""Force constants and short molecular dynamics from the teacher, for sampling."""
+"""Force constants and short molecular dynamics with a native model, for sampling."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ FRICTION = 0.01 / units.fs
 """Langevin friction: weak enough to keep vibrations, strong enough to hold the temperature."""
 
 FORCE_LIMIT = 30.0
-"""eV/Angstrom; structures in which the teacher finds a larger force are unphysical."""
+"""eV/Angstrom; structures in which a model finds a larger force are unphysical."""
 
 HOTTEST = 5.0
 """A run whose kinetic temperature exceeds this times its target has exploded."""
@@ -58,7 +58,7 @@ def time_step(atoms: Atoms) -> float:
     return 1.0 if atoms.get_masses().min() < 5 else 2.0
 
 
-def teacher_trajectory(
+def trajectory(
     start: Atoms,
     model: nn.Module,
     temperature: float,

@@ -12,7 +12,7 @@ from ase.geometry import find_mic
 from springs import FORCE_CONSTANT, LENGTH, RANGE, Springs
 
 from compactmlip.data.graph import build_graph, energy_and_derivatives
-from compactmlip.data.md import stiffness, teacher_trajectory
+from compactmlip.data.md import stiffness, trajectory
 from compactmlip.data.perturb import (
     BREATHING,
     compact_supercells,
@@ -129,7 +129,7 @@ def test_md_keeps_its_temperature(springs: Springs, rocksalt: Atoms, rng: np.ran
     """Mean potential energy of the harmonic solid stays near equipartition: 3N/2 kB T."""
     crystal = rocksalt.repeat((2, 1, 1))
     start = displaced(crystal, thermal_sigma(np.full(len(crystal), FORCE_CONSTANT), 100.0), rng)
-    frames = teacher_trajectory(start, springs, 100.0, steps=600, interval=10, rng=rng)
+    frames = trajectory(start, springs, 100.0, steps=600, interval=10, rng=rng)
     assert len(frames) == 60
     energies = [energy_and_derivatives(springs, build_graph(f, springs.spec)).energies.item() for f in frames]
     assert np.mean(energies) == pytest.approx(1.5 * units.kB * 100.0 * len(crystal), rel=0.3)
@@ -139,7 +139,7 @@ def test_md_keeps_its_temperature(springs: Springs, rocksalt: Atoms, rng: np.ran
 def test_exploding_md_is_cut_short(springs: Springs, rocksalt: Atoms, rng: np.random.Generator) -> None:
     unstable = Springs(springs.spec, spring=-20.0)
     start = displaced(rocksalt, np.full(8, 0.1), rng)
-    frames = teacher_trajectory(start, unstable, 300.0, steps=400, interval=5, rng=rng)
+    frames = trajectory(start, unstable, 300.0, steps=400, interval=5, rng=rng)
     assert len(frames) < 40
     assert all(shortest_ratio(f) > 0.6 for f in frames)
 
