@@ -2,8 +2,8 @@
 
 Per crystal: a first set of structures, sampled around it; then either as many more sampled ones, or those
 that the student's own dynamics finds.  All students start from the same cut model and train for the same
-processor time.  They are tested on sampled structures, on the teacher's dynamics at each temperature, and by how
-often their own dynamics breaks at the highest one times two.
+processor time.  They are tested on sampled structures, on the teacher's dynamics at each temperature, and by
+how often their own dynamics breaks at the highest one times two.
 
     OMP_NUM_THREADS=1 python benchmarks/active.py --minutes 4 --seeds 0 1 2
 """
@@ -155,8 +155,8 @@ def main() -> None:
     how = f"--minutes {options.minutes:g} --frames {options.frames} --rounds {options.rounds}"
     text = header("Active distillation", f"python benchmarks/active.py {how}")
     text += (
-        f"\n{options.frames} sampled structures, then as many more sampled or found by the student's dynamics "
-        f"in {options.rounds} rounds; {options.minutes:g} minutes of processor time for each training; "
+        f"\n{options.frames} sampled structures, then as many more sampled or found by the student's "
+        f"dynamics in {options.rounds} rounds; {options.minutes:g} minutes of processor time for each; "
         f"{options.teacher} -> {options.to}.\n\n"
     )
     report(text + table(columns, rows), options.output)

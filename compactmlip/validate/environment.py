@@ -28,7 +28,8 @@ class EnvironmentErrors(BaseModel):
     atoms
         How many there are in all structures.
     forces, forces_error
-        Mean absolute error of a component in meV/Angstrom, and its standard error (atoms as independent).
+        Mean absolute error of a component in meV/Angstrom, and its standard error (atoms as independent; None
+        for a single one).
     mean_force
         Mean size of a component of the reference, meV/Angstrom.
     """
@@ -38,7 +39,7 @@ class EnvironmentErrors(BaseModel):
     neighbors: int
     atoms: int
     forces: float
-    forces_error: float
+    forces_error: float | None
     mean_force: float
 
 
@@ -59,7 +60,7 @@ def errors_by_environment(
             neighbors=count,
             atoms=number,
             forces=float(errors[chosen].mean()),
-            forces_error=float(errors[chosen].std(ddof=1) / np.sqrt(number)) if number > 1 else float("nan"),
+            forces_error=float(errors[chosen].std(ddof=1) / np.sqrt(number)) if number > 1 else None,
             mean_force=float(np.abs(true[chosen]).mean()),
         )
         rows.append(row)

@@ -62,7 +62,8 @@ def test_rounds_add_what_the_teacher_labels(
             found = energy_and_derivatives(teacher, build_graph(atoms, teacher.spec))
             assert atoms.info["REF_energy"] == pytest.approx(float(found.energies.detach()), abs=1e-8)
             assert atoms.info["config_type"] == "active"
-            assert min(np.abs(atoms.positions - known.positions).max() for known in frames[:4]) > 1e-3
+            same = [known for known in frames[:4] if len(known) == len(atoms)]
+            assert min(np.abs(atoms.positions - known.positions).max() for known in same) > 1e-3
 
 
 def test_continues_and_repeats(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

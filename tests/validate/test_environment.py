@@ -63,6 +63,14 @@ def test_errors_where_they_are() -> None:
     assert found["Cu", 9].mean_force == pytest.approx(500) and found["Cu", 9].forces_error < 1e-9
 
 
+def test_single_atom_has_no_error_bar() -> None:
+    pair, nothing = Atoms("HF", [[0, 0, 0], [0, 0, 0.9]]), np.full((1, 6), np.nan)
+    forces = (np.zeros((2, 3)),)
+    rows = errors_by_environment([pair], *(Labels(np.zeros(1), forces, nothing),) * 2)
+    assert [row.forces_error for row in rows] == [None, None]
+    assert type(rows[0]).model_validate_json(rows[0].model_dump_json()) == rows[0]
+
+
 def test_in_the_report(evidence: Any) -> None:
     certificate, data = evidence()
     rows = errors_by_environment(data.frames, data.reference, data.predicted)

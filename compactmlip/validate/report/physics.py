@@ -106,7 +106,7 @@ def environment_figure(rows: Sequence[EnvironmentErrors]) -> str:
         # Beside each other where numbers of neighbours are equal.
         x = np.array([row.neighbors for row in own]) + 0.24 * ((k + 0.5) / len(kinds) - 0.5)
         y = np.array([row.forces for row in own])
-        errors = np.nan_to_num([row.forces_error for row in own])
+        errors = [row.forces_error or 0.0 for row in own]
         colour, marker = PALETTE[k % len(PALETTE)], MARKERS[k // len(PALETTE) % len(MARKERS)]
         axes.errorbar(x, y, errors, fmt="none", ecolor=colour, elinewidth=0.9)
         sizes = 12 + 60 * np.sqrt(np.array([row.atoms for row in own]) / most)
