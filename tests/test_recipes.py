@@ -102,8 +102,11 @@ def test_molecule(tiny: Any, tmp_path: Path, monkeypatch: Any, capsys: Any) -> N
     assert energies[0] == pytest.approx(energies[-1], abs=1e-6)  # a whole turn
     assert (tmp_path / "torsion.png").is_file() and "wave numbers" in capsys.readouterr().out
     run(monkeypatch, "molecule", "--write", tmp_path / "ethanol.xyz")
-    written = ase.io.read(tmp_path / "ethanol.xyz")
-    assert str(written.symbols) == str(molecule("CH3CH2OH").symbols)
+    written = ase.io.read(tmp_path / "ethanol.xyz", ":")
+    assert {str(atoms.symbols) for atoms in written} == {str(molecule("CH3CH2OH").symbols)}
+    functions = runpy.run_path(str(RECIPES / "molecule" / "run.py"))
+    angles = [atoms.get_dihedral(*functions["hydroxyl_angle"](atoms)) for atoms in written]
+    assert angles == pytest.approx([0, 60, 120, 180, 240, 300], abs=0.01)
 
 
 def test_electrolyte(tiny: Any, tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:

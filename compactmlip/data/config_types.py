@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from ase import Atoms
@@ -9,9 +10,16 @@ from ase import Atoms
 MOST_GROUPS = 24
 """Configuration types with groups of their own; the others, with the fewest atoms, share one."""
 
+MANY = 12
+"""Types, above which those that differ in numbers only ("snapshot 7 at 300 K") are taken as one."""
+
+NUMBER = re.compile(r"[-+]?\d+(\.\d+)?")
+
 
 def grouped(frames: Sequence[Atoms], unnamed: str = "Default") -> dict[str, list[int]]:
     """Indices of the frames of each type, those with most atoms first; empty if there is only one type.
+
+    Of more than :data:`MANY` types those that differ in numbers only are one, with # for each number.
 
     Parameters
     ----------
@@ -23,6 +31,12 @@ def grouped(frames: Sequence[Atoms], unnamed: str = "Default") -> dict[str, list
     members: dict[str, list[int]] = {}
     for k, atoms in enumerate(frames):
         members.setdefault(str(atoms.info.get("config_type", unnamed)), []).append(k)
+    if len(members) > MANY:
+        alike: dict[str, list[int]] = {}
+        for name, indices in members.items():
+            alike.setdefault(NUMBER.sub("#", name), []).extend(indices)
+        if len(alike) > 1:
+            members = {name: sorted(indices) for name, indices in alike.items()}
     if len(members) < 2:
         return {}
     ranked = sorted(members, key=lambda name: (-sum(len(frames[k]) for k in members[name]), name))

@@ -12,6 +12,7 @@ import numpy as np
 from ase import Atoms
 from ase.build import molecule
 from ase.constraints import FixInternals
+from ase.io import write
 from ase.optimize import BFGS
 from ase.vibrations import Vibrations
 from matplotlib.figure import Figure
@@ -40,18 +41,34 @@ def modes(atoms: Atoms) -> list[float]:
     return sorted((found.real - abs(found.imag)).tolist())
 
 
-def torsion(atoms: Atoms, angles: np.ndarray, steps: int) -> list[float]:
-    """Energies (eV) for angles of C-C-O-H in degrees, all else at rest (0 steps: rigid)."""
+def hydroxyl_angle(atoms: Atoms) -> list[int]:
+    """The four atoms C-C-O-H."""
     carbons, oxygen = [a.index for a in atoms if a.symbol == "C"], atoms.symbols.search("O")[0]
     hydrogens = [a.index for a in atoms if a.symbol == "H"]
     near = min(carbons, key=lambda i: atoms.get_distance(i, oxygen))
     far = next(i for i in carbons if i != near)
     hydroxyl = min(hydrogens, key=lambda i: atoms.get_distance(i, oxygen))
-    four = [far, near, oxygen, hydroxyl]
+    return [far, near, oxygen, hydroxyl]
+
+
+def turned(angles: Any) -> list[Atoms]:
+    """Ethanol with the hydroxyl group turned, for a model that is to know all of the torsion."""
+    found = []
+    for angle in angles:
+        atoms = molecule("CH3CH2OH")
+        four = hydroxyl_angle(atoms)
+        atoms.set_dihedral(*four, angle, indices=four[3:])
+        found.append(atoms)
+    return found
+
+
+def torsion(atoms: Atoms, angles: np.ndarray, steps: int) -> list[float]:
+    """Energies (eV) for angles of C-C-O-H in degrees, all else at rest (0 steps: rigid)."""
+    four = hydroxyl_angle(atoms)
     energies, system = [], atoms.copy()
     for angle in angles:
         system.set_constraint()
-        system.set_dihedral(*four, angle, indices=[hydroxyl])
+        system.set_dihedral(*four, angle, indices=four[3:])
         system.calc = atoms.calc
         if steps:
             system.set_constraint(FixInternals(dihedrals_deg=[[float(angle) % 360, four]]))
@@ -67,10 +84,10 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=Path("ethanol-model/model.pt"))
     parser.add_argument("-o", "--output", type=Path, default=Path("molecule"))
     parser.add_argument("--smoke", action="store_true", help="few steps and a rigid torsion: for tests")
-    parser.add_argument("--write", type=Path, help="only write the structure to this file")
+    parser.add_argument("--write", type=Path, help="only write structures to this file")
     options = parser.parse_args()
     if options.write:
-        molecule("CH3CH2OH").write(options.write)
+        write(options.write, turned(range(0, 360, 60)))
         return
     calculator = CompactMLIPCalculator(options.model)
     atoms, converged = relaxed(calculator, 5 if options.smoke else 500)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import textwrap
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -56,16 +57,17 @@ def properties(calculator: Any, smoke: bool) -> dict[str, float]:
 
 def draw(results: dict[str, Any], path: Path) -> None:
     """Force errors by configuration type."""
-    figure = Figure(figsize=(7, 3.2), layout="constrained")
-    axes = figure.subplots()
     kinds = list(next(iter(results.values()))["errors"]["by_type"])
+    figure = Figure(figsize=(7, 1.2 + 0.16 * len(kinds) * (1 + len(results))), layout="constrained")
+    axes = figure.subplots()
     width = 0.8 / len(results)
     for k, (name, found) in enumerate(results.items()):
         values = [found["errors"]["by_type"][kind]["forces_meV_per_A"] for kind in kinds]
-        axes.bar(np.arange(len(kinds)) + k * width, values, width, label=name)
-    axes.set_xticks(np.arange(len(kinds)) + 0.4 - width / 2, kinds, rotation=20, ha="right")
-    axes.set_ylabel("force error (meV/Å)")
-    axes.set_yscale("log")
+        axes.barh(np.arange(len(kinds)) + k * width, values, width, label=name)
+    names = [textwrap.fill(kind, 36) for kind in kinds]
+    axes.set_yticks(np.arange(len(kinds)) + 0.4 - width / 2, names, fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xlabel("force error (meV/Å)")
     axes.legend()
     figure.savefig(path, dpi=150)
 

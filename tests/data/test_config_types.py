@@ -24,7 +24,24 @@ def test_groups() -> None:
 
 
 def test_the_smallest_share_a_group() -> None:
-    names = [f"type {k}" for k in range(MOST_GROUPS + 6)]
+    names = [f"type {'x' * k}" for k in range(MOST_GROUPS + 6)]
     found = grouped(frames(*names))
     assert len(found) == MOST_GROUPS and found["7 other types"] == list(range(7))
     assert next(iter(found)) == names[-1] and len(grouped(frames(*names[:MOST_GROUPS]))) == MOST_GROUPS
+
+
+def test_many_types_that_differ_in_numbers() -> None:
+    """As data sets have them that name each snapshot."""
+    names = [f"snapshot {k} of AIMD at {t} K" for k in range(4) for t in (300, 1518.5)]
+    few = grouped(frames(*names, "strain -0.06"))
+    assert len(few) == 9  # still few enough to be told apart
+    many = grouped(
+        frames(*names, *(f"strain {x:.2f}" for x in (-0.1, -0.05, -0.02, -0.01, 0, 0.01, 0.02, 0.05, 0.1)))
+    )
+    assert {name: len(members) for name, members in many.items()} == {
+        "snapshot # of AIMD at # K": 8,
+        "strain #": 9,
+    }
+    assert sorted(k for members in many.values() for k in members) == list(range(17))
+    alone = grouped(frames(*(f"frame {k}" for k in range(20))))
+    assert len(alone) == 20  # nothing else to tell them apart by
