@@ -1,4 +1,4 @@
-"""Commands that train on the user's own labels; see :mod:`compactmlip.cli`."""
+"""Commands that train, on the teacher's labels or the user's own; see :mod:`compactmlip.cli`."""
 
 from __future__ import annotations
 
@@ -32,6 +32,66 @@ _Labelled = Annotated[
     list[Path], typer.Option("--train", help="Labelled structures, anything that ASE reads.")
 ]
 _Some = list[Path] | None
+
+
+def distil(
+    student: Annotated[Path, typer.Argument(help="Checkpoint of the pruned model.")],
+    train: Annotated[Path, typer.Option(help="Labelled training structures.")],
+    valid: Annotated[Path, typer.Option(help="Labelled validation structures.")],
+    output: Output = None,
+    minutes: Annotated[float | None, typer.Option(help="Wall-clock budget.")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Passes over the training structures.")] = None,
+    hessian: Annotated[
+        float | None, typer.Option(help="Weight of the Hessian; needs structures of 'label --hessian'.")
+    ] = None,
+    teacher: Annotated[
+        Path | None, typer.Option(help="Checkpoint of the teacher, which labels what --rounds finds.")
+    ] = None,
+    rounds: Annotated[
+        int | None,
+        typer.Option(
+            help="Explorations by the student's dynamics, each followed by a training; needs --teacher."
+        ),
+    ] = None,
+    energy_key: Keys = None,
+    forces_key: Keys = None,
+    stress_key: Keys = None,
+    device: Device = "cpu",
+    seed: Seed = None,
+    config: Config = None,
+    settings: Settings = None,
+    as_json: AsJSON = False,
+) -> None:
+    """Train a pruned model on its teacher's labels; continues after an interruption."""
+    from compactmlip import checkpoint
+    from compactmlip.config import resolve
+    from compactmlip.data.read import read_labelled
+    from compactmlip.deploy.archive import usable_device
+    from compactmlip.train.active import ActiveOptions, distil_actively
+    from compactmlip.train.distil import DistilOptions, distil as run
+    from compactmlip.train.ranks import current_ranks, own_device
+
+    if (rounds is None) != (teacher is None):
+        raise InputError("--rounds and --teacher belong together: the teacher labels what the rounds find.")
+    given: dict[str, Any] = {"max_minutes": minutes, "max_epochs": epochs, "hessian_weight": hessian}
+    kind = DistilOptions if rounds is None else ActiveOptions
+    given |= {} if rounds is None else {"rounds": rounds}
+    options = resolve(kind, config, until(minutes, epochs, settings), seed=seed, **given)
+    names = {"energy_key": energy_key, "forces_key": forces_key, "stress_key": stress_key}
+    keys: dict[str, Any] = {k: v for k, v in names.items() if v is not None}
+    frames = [read_labelled(path, **keys) for path in (train, valid)]
+    path = output or Path("distilled.safetensors")
+    folder = path.with_suffix(".training")
+    model = checkpoint.load(student).to(usable_device(own_device(device)))
+    if teacher is None or not isinstance(options, ActiveOptions):
+        result = run(model, frames[0], frames[1], options, folder, not as_json)
+    else:
+        labels = checkpoint.load(teacher).to(usable_device(own_device(device)))
+        result = distil_actively(model, labels, frames[0], frames[1], options, folder, not as_json)
+    if not current_ranks().first:
+        return
+    checkpoint.save(result.model, path)
+    print_result(as_json, f"wrote {path}: {result.errors} on {valid}", output=path, **result.errors.row())
 
 
 def finetune(
