@@ -43,7 +43,7 @@ def diffusion(calculator: Any, atoms: Atoms, temperature_K: float, steps: int, t
     if not run.summary.stable:
         raise SystemExit(f"{temperature_K:g} K: the run was not stable: {run.summary.reason}")
     positions = without_drift(system, run.positions)[:, system.symbols == "Li"]
-    return motion(positions, EVERY * timestep_fs / 1000, spacing=2.0), run.summary.mean_temperature_K
+    return motion(positions, EVERY * timestep_fs / 1000, distance=2.0), run.summary.mean_temperature_K
 
 
 def arrhenius(rows: list[dict[str, Any]]) -> tuple[float, float] | None:
