@@ -94,15 +94,15 @@ def test_continues_and_repeats(run: Any, tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_the_farthest_are_chosen(student: nn.Module, frames: list[Atoms]) -> None:
-    """A stretched cell among copies of what is known."""
-    stretched = frames[0].copy()
-    stretched.set_cell(1.1 * stretched.cell, scale_atoms=True)
-    nearly = []
-    for k in range(4):
-        nearly.append(frames[k].copy())
-        nearly[-1].rattle(1e-3, seed=k)
-    (first, *_) = active._novel(student, frames[:4], [*nearly, stretched], 2)
-    assert first.cell[0, 0] == pytest.approx(stretched.cell[0, 0])
+    """A stretched and a squeezed cell among near copies of what is known, which is not chosen again."""
+    nearly, other = [], []
+    for k, scale in enumerate((1.0, 1.0, 1.0, 1.0, 1.06, 0.95)):
+        atoms = frames[k % 4].copy()
+        atoms.set_cell(scale * atoms.cell, scale_atoms=True)
+        atoms.rattle(1e-3, seed=k)
+        (nearly if scale == 1 else other).append(atoms)
+    picked = active._novel(student, frames[:4], [*nearly, *other], 2)
+    assert {id(atoms) for atoms in picked} == {id(atoms) for atoms in other}
     assert len(active._novel(student, frames[:4], nearly, 99)) == 4
 
 
