@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from cli_runs import crystals, run_cli
+from cli_runs import crystals, model_and_truth, run_cli
 from torch import nn
 
 from compactmlip.checkpoint import load, read_spec, save
@@ -28,10 +27,7 @@ def folder(
     make_model: Callable[..., nn.Module],
 ) -> Path:
     """Student, teacher, and frames with the teacher's labels."""
-    spec = make_spec(channels=(4, 3), num_layers=2, lmax_edge=1, cutoff=3.2)
-    student, teacher = make_model(spec, seed=3), make_model(spec, seed=3)
-    with torch.no_grad():
-        teacher.readout.weight.mul_(1.1)
+    student, teacher = model_and_truth(make_spec, make_model)
     save(student, tmp_path / "student.safetensors")
     save(teacher, tmp_path / "teacher.safetensors")
     frames = labelled_by(teacher, crystals(4, "mp_id", "mp-0"))

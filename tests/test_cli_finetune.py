@@ -13,7 +13,7 @@ import pytest
 import torch
 from ase import Atoms
 from browser import CHROMIUM, check
-from cli_runs import crystals, run_cli
+from cli_runs import crystals, model_and_truth, run_cli
 from torch import nn
 
 from compactmlip.checkpoint import load, save
@@ -31,11 +31,9 @@ def folder(
     make_model: Callable[..., nn.Module],
 ) -> Path:
     """A parent of five species, and frames whose labels come from a model that differs a little."""
-    spec = make_spec(channels=(4, 3), num_layers=2, lmax_edge=1, cutoff=3.2)
-    parent, truth = make_model(spec, seed=3), make_model(spec, seed=3)
+    parent, truth = model_and_truth(make_spec, make_model)
     save(parent, tmp_path / "parent.safetensors")
     with torch.no_grad():
-        truth.readout.weight.mul_(1.1)
         truth.energy_shift.sub_(5.0)
     frames = crystals(14, "config_type", "cold", "warm")
     write_labelled(tmp_path / "train.xyz", labelled_by(truth, frames[:12]))

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from cli_runs import crystals, run_cli
+from cli_runs import crystals, model_and_truth, run_cli
 from torch import nn
 
 from compactmlip.checkpoint import read_spec, save
@@ -27,11 +26,8 @@ def folder(
     make_model: Callable[..., nn.Module],
 ) -> Path:
     """A model, and twelve frames of three materials whose labels differ from it a little."""
-    spec = make_spec(channels=(4, 3), num_layers=2, lmax_edge=1, cutoff=3.2)
-    pruned, truth = make_model(spec, seed=3), make_model(spec, seed=3)
+    pruned, truth = model_and_truth(make_spec, make_model)
     save(pruned, tmp_path / "pruned.safetensors")
-    with torch.no_grad():
-        truth.readout.weight.mul_(1.1)
     frames = crystals(12, "mp_id", "mp-0", "mp-1", "mp-2")
     write_labelled(tmp_path / "train.xyz", labelled_by(truth, frames))
     monkeypatch.chdir(tmp_path)

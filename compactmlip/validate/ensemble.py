@@ -104,15 +104,15 @@ class Ensembles:
         Parameters
         ----------
         observe
-            Takes (frames, N, 3) positions of a run and returns (frames, ...).
+            Takes (runs, frames, N, 3) positions of all runs of one and returns (runs, frames, ...).
 
         Returns
         -------
         (runs, ...) of the model and of the teacher.
         """
-        own = np.stack([observe(run) for run in self.model])
+        own = observe(self.model)
         if self.teacher is not None:
-            return own.mean(axis=1), np.stack([observe(run).mean(axis=0) for run in self.teacher])
+            return own.mean(axis=1), observe(self.teacher).mean(axis=1)
         assert self.differences is not None
         shift = self.differences - self.differences.mean()
         weights = -shift / (units.kB * self.sampling.temperature_K) / own.shape[1]

@@ -90,8 +90,9 @@ def compare_structure(runs: Ensembles) -> tuple[tuple[Distribution, ...], Functi
     distances, pairs = _names(atoms)
 
     def observe(positions: Array) -> Array:
-        _, found = radial_distributions(atoms, positions)
-        return np.stack([found[pair] for pair in pairs], axis=1)
+        _, found = radial_distributions(atoms, positions.reshape(-1, *positions.shape[2:]))
+        functions = np.stack([found[pair] for pair in pairs], axis=1)
+        return functions.reshape(*positions.shape[:2], *functions.shape[1:])
 
     own, other = runs.averages(observe)
     found = []

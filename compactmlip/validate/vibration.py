@@ -90,12 +90,8 @@ def _squares(runs: Ensembles) -> tuple[Array, Array]:
     """(runs, N) mean square displacement of each atom from its mean position over all runs, in both."""
     atoms = runs.cell
 
-    def still(positions: Array) -> Array:
-        return np.stack([without_drift(atoms, run) for run in positions])
+    def squares(positions: Array) -> Array:
+        still = np.stack([without_drift(atoms, run) for run in positions])
+        return np.asarray(((still - still.mean(axis=(0, 1))) ** 2).sum(axis=3))
 
-    sites = still(runs.model).mean(axis=(0, 1))
-    own, other = runs.averages(lambda run: ((without_drift(atoms, run) - sites) ** 2).sum(axis=2))
-    if runs.teacher is not None:  # about its own sites
-        theirs = still(runs.teacher)
-        other = ((theirs - theirs.mean(axis=(0, 1))) ** 2).sum(axis=3).mean(axis=1)
-    return own, other
+    return runs.averages(squares)
