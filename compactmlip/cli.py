@@ -277,7 +277,9 @@ def validate(
         progress=not as_json,
     )
     text = f"{certificate.verdict}: see {folder / 'report.html'} and {folder / 'certificate.json'}"
-    print_result(as_json, text, verdict=certificate.verdict, output=folder)
+    left_out = {part.name: part.reason for part in certificate.left_out}
+    text += "".join(f"\nnot checked: {name}: {reason}" for name, reason in left_out.items())
+    print_result(as_json, text, verdict=certificate.verdict, output=folder, left_out=left_out)
 
 
 @app.command()

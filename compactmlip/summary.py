@@ -69,8 +69,13 @@ def _lines(certificate: Certificate, folder: Path) -> list[str]:
         )
     return [
         *lines,
-        f"verdict     {certificate.verdict}",
+        f"verdict     {certificate.verdict}{_left_out(certificate)}",
         f"licence     {certificate.teacher.licence} (the teacher's; it applies to the model as well)",
         f"model       {folder / 'model.pt'}",
         f"report      {folder / 'report.html'}",
     ]
+
+
+def _left_out(certificate: Certificate) -> str:
+    names = ", ".join(dict.fromkeys(part.name for part in certificate.left_out))
+    return f" (not checked: {names})" if names else ""

@@ -23,6 +23,7 @@ from compactmlip.validate.engines import EngineParity
 from compactmlip.validate.ensemble import Sampling
 from compactmlip.validate.environment import EnvironmentErrors
 from compactmlip.validate.ladder import Ladder
+from compactmlip.validate.left_out import LeftOut
 from compactmlip.validate.motion import MotionComparison
 from compactmlip.validate.nve import NVESummary
 from compactmlip.validate.parity import ParityReport
@@ -91,6 +92,7 @@ class Certificate(_Frozen):
     created_utc: datetime
     verdict: Verdict
     checks: tuple[Check, ...]
+    left_out: tuple[LeftOut, ...] = ()
     model: ModelFile
     teacher: ModelFile
     heldout: Heldout

@@ -100,14 +100,12 @@ def ladder_checks(found: Ladder | None, temperature_K: float, limits: Thresholds
 
 
 def density_checks(found: DensityComparison | None, limits: Thresholds) -> list[Check]:
-    """Judge the density at constant pressure; nothing where it was not compared or too short."""
+    """Judge the density at constant pressure; nothing where it was not compared or the teacher's failed."""
     if found is None or found.teacher.failure:
         return []
     if found.model.failure:
         reason = f"{found.model.failure} The teacher's run did not."
         return [Check(name="density (NPT)", verdict="fail", value=None, unit="%", reason=reason)]
-    if not found.enough:
-        return []
     return [limited("density (NPT)", found.difference.excess(0.0), "%", limits.density)]
 
 

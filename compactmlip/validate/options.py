@@ -37,7 +37,7 @@ class ValidateOptions(HeldoutOptions):
         60.0, ge=0, description="time for rising temperatures until something breaks, s; 0: none"
     )
     npt_seconds: float = Field(
-        60.0, ge=0, description="time for model and teacher at constant pressure, s; 0: none"
+        90.0, ge=0, description="time for model and teacher at constant pressure, s; 0: none"
     )
     pressure_GPa: float = Field(0.0, description="pressure of these runs, GPa")
     defect_seconds: float = Field(30.0, ge=0, description="time for vacancies and surfaces, s; 0: none")

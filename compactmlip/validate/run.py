@@ -42,6 +42,7 @@ from compactmlip.validate.cutoff import cutoff_step
 from compactmlip.validate.engines import EngineParity, compare_engines, compare_plain
 from compactmlip.validate.environment import errors_by_environment
 from compactmlip.validate.heldout import calmest, heldout_structures, typical
+from compactmlip.validate.left_out import ENGINES, LAMMPS, MOTION, PLAIN, LeftOut, unjudged
 from compactmlip.validate.making import read_making
 from compactmlip.validate.motion import compare_motion
 from compactmlip.validate.nve import SAMPLE_EVERY
@@ -112,7 +113,7 @@ def validate(
     )
     out = Path(out_dir)
     out.mkdir(parents=True, exist_ok=True)
-    parts = Parts(out, identity(list(paths.values()), frames, options))
+    parts = Parts(out, identity([*paths.values(), *_given(source)], frames, options))
 
     heldout, reference, origin = parts.of(
         "heldout", lambda: heldout_structures(usable, calculators, paths["teacher"], options, progress)
@@ -135,6 +136,7 @@ def validate(
     if teacher_run:
         interval = SAMPLE_EVERY * options.timestep_fs / 1000
         moves = compare_motion(cell, run.positions, teacher_run.positions, interval)
+    left_out = [*found.left_out, *_no_motion(moves, teacher_run is not None)]
     data = ValidationData(
         tuple(heldout),
         reference,
@@ -161,7 +163,9 @@ def validate(
     )
     present = {symbol for atoms in heldout for symbol in atoms.get_chemical_symbols()}
     ends = cutoff_step(calculators["model"], sorted(present), calculators["model"].spec.cutoff)
-    engines = parts.of("engines", lambda: _engines(paths["model"], calculators["model"], start, source))
+    engines, alone = parts.of(
+        "engines", lambda: _engines(paths["model"], calculators["model"], start, source)
+    )
     measured: dict[str, Any] = {
         "parity": errors,
         "environments": errors_by_environment(heldout, reference, predicted),
@@ -181,7 +185,9 @@ def validate(
         "defects": found.defects,
         "short_range": found.short_range,
     }
-    checks = _judged(measured, dtype, options)
+    judged = _judged(measured, dtype, options)
+    checks = tuple(check for group in judged.values() for check in group)
+    left_out += [*unjudged(measured, judged), *alone]
     certificate = cert.Certificate(
         created_utc=datetime.now(timezone.utc).replace(microsecond=0),
         verdict=overall(checks),
@@ -196,6 +202,7 @@ def validate(
         machine=machine,
         software=cert.software_versions(),
         options=options.model_dump(mode="json", exclude={"thresholds"}, exclude_none=True),
+        left_out=tuple(left_out),
         **measured,
     )
     complete = write_all(out, certificate, data, build_report(certificate, data))
@@ -203,27 +210,41 @@ def validate(
     return complete
 
 
-def _judged(measured: dict[str, Any], dtype: DTypeName, options: ValidateOptions) -> tuple[Check, ...]:
+def _judged(
+    measured: dict[str, Any], dtype: DTypeName, options: ValidateOptions
+) -> dict[str, Sequence[Check]]:
     """Verdicts on everything that was measured, in the order of the report."""
     limits = options.thresholds
-    return (
-        *parity_checks(measured["parity"], limits),
-        *consistency_checks(measured["consistency"], dtype),
-        *engine_checks(measured["engines"], dtype),
-        *cutoff_checks(measured["cutoff"], limits),
-        *nve_checks(measured["nve"], limits),
-        *sampling_checks(measured["sampling"]),
-        *structure_checks(measured["structure"], limits),
-        *vibration_checks(measured["vibration"], limits),
-        *motion_checks(measured["motion"], limits),
-        *thermostat_checks(measured["thermostat"], limits),
-        *density_checks(measured["density"], limits),
-        *crystal_checks(measured["crystal"], limits),
-        *phonon_checks(measured["phonons"], limits),
-        *defect_checks(measured["defects"], limits),
-        *short_range_checks(measured["short_range"], options.temperature_K, limits),
-        *ladder_checks(measured["ladder"], options.temperature_K, limits),
-    )
+    return {
+        "parity": parity_checks(measured["parity"], limits),
+        "consistency": consistency_checks(measured["consistency"], dtype),
+        "engines": engine_checks(measured["engines"], dtype),
+        "cutoff": cutoff_checks(measured["cutoff"], limits),
+        "nve": nve_checks(measured["nve"], limits),
+        "sampling": sampling_checks(measured["sampling"]),
+        "structure": structure_checks(measured["structure"], limits),
+        "vibration": vibration_checks(measured["vibration"], limits),
+        "motion": motion_checks(measured["motion"], limits),
+        "thermostat": thermostat_checks(measured["thermostat"], limits),
+        "density": density_checks(measured["density"], limits),
+        "crystal": crystal_checks(measured["crystal"], limits),
+        "phonons": phonon_checks(measured["phonons"], limits),
+        "defects": defect_checks(measured["defects"], limits),
+        "short_range": short_range_checks(measured["short_range"], options.temperature_K, limits),
+        "ladder": ladder_checks(measured["ladder"], options.temperature_K, limits),
+    }
+
+
+def _given(source: str | Path | None) -> list[Path]:
+    return [Path(source)] if source else []
+
+
+def _no_motion(moves: object, teacher_ran: bool) -> list[LeftOut]:
+    """Say why diffusion was not compared."""
+    if moves is not None:
+        return []
+    short = "The teacher's run is too short" if teacher_ran else "There is no time for a run of the teacher"
+    return [LeftOut(name=MOTION, reason=f"{short} (teacher_nve_seconds).")]
 
 
 def _usable(frames: Sequence[Atoms], calculators: dict[str, Any]) -> list[Atoms]:
@@ -294,14 +315,29 @@ def _same_engine(paths: dict[str, Path], calculators: dict[str, Any]) -> Iterato
 
 def _engines(
     model: Path, calculator: Any, start: Atoms, source: str | Path | None
-) -> tuple[EngineParity, ...]:
+) -> tuple[tuple[EngineParity, ...], list[LeftOut]]:
     """Compare the checkpoint in plain PyTorch, and LAMMPS where it can run the file on several processes."""
     from compactmlip.deploy.archive import inspect
 
     if model.suffix not in (".pt", ".pt2"):
-        return ()
+        return (), [LeftOut(name=ENGINES, reason="The model is a checkpoint, not a deployed file.")]
     deployment, cell = inspect(model)[1], near_size(start, SMALL_CELL)
     plain = compare_plain(source, deployment, calculator, cell) if source else ()
+    left_out = []
+    if not source:
+        left_out.append(LeftOut(name=PLAIN, reason="The checkpoint was not given (--checkpoint)."))
+    elif not plain:
+        left_out.append(
+            LeftOut(name=PLAIN, reason=f"The file is of reduced precision ({deployment.precision}).")
+        )
     if deployment.backend != "kernels":
-        return plain
-    return (*plain, *compare_engines(model, calculator, cell))
+        left_out.append(
+            LeftOut(name=LAMMPS, reason=f"The file's backend is {deployment.backend}, not kernels.")
+        )
+        return plain, left_out
+    lammps = compare_engines(model, calculator, cell)
+    if not lammps:
+        left_out.append(
+            LeftOut(name=LAMMPS, reason="LAMMPS or its plugin was not found (compactmlip build).")
+        )
+    return (*plain, *lammps), left_out

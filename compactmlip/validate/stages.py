@@ -11,7 +11,14 @@ from ase import Atoms
 from compactmlip.errors import CompactMLIPError
 from compactmlip.validate.crystal import EVALUATIONS, CrystalComparison, compare_crystals
 from compactmlip.validate.defects import VACANCY_ATOMS, Defect, compare_defects, evaluations
-from compactmlip.validate.density import LONGEST, SHORTEST, DensityComparison, compare_densities
+from compactmlip.validate.density import (
+    EQUILIBRATION,
+    LONGEST,
+    RUNS as DENSITY_RUNS,
+    SHORTEST,
+    DensityComparison,
+    compare_densities,
+)
 from compactmlip.validate.ensemble import (
     LONGEST as LONGEST_RUN,
     RUNS,
@@ -22,6 +29,7 @@ from compactmlip.validate.ensemble import (
     compare_ensembles,
 )
 from compactmlip.validate.ladder import RUNGS, STEPS, Ladder, compare_ladders
+from compactmlip.validate.left_out import LeftOut, no_time
 from compactmlip.validate.nve import affordable_steps
 from compactmlip.validate.options import ValidateOptions
 from compactmlip.validate.paired import seconds_per_step
@@ -42,6 +50,15 @@ from compactmlip.validate.vibration import Vibration, compare_vibrations
 
 T = TypeVar("T")
 
+APART, IN_DYNAMICS = "atoms stay apart", "radial distribution and vibration"
+THERMOSTAT, LADDER, DENSITY = "temperature under a thermostat", "highest temperature", "density (NPT)"
+AT_REST, PHONONS, DEFECTS = "structure at rest, elastic constants", "phonons", "vacancies and surfaces"
+"""What is checked, where it is left out."""
+
+NOT_PERIODIC = "The structure is not periodic in all directions."
+NOT_AT_REST = "There is no periodic structure at rest in both, or no time to find it."
+TOO_COMPLEX = "The formula unit is large, and so are slabs of all low-index planes."
+
 SMALL_CELL = 32
 """About how many atoms are around two that come together, and climb the temperature ladder."""
 
@@ -57,7 +74,7 @@ OVERTIME = 2.0
 
 @dataclass(frozen=True)
 class Physics:
-    """What was found; None or empty where time or structure do not allow a part."""
+    """What was found; None or empty where time or structure do not allow a part, as ``left_out`` says."""
 
     short_range: tuple[Approach, ...] = ()
     curves: tuple[Curve, ...] = ()
@@ -72,6 +89,7 @@ class Physics:
     phonons: Phonons | None = None
     spectra: Spectra | None = None
     defects: tuple[Defect, ...] = ()
+    left_out: tuple[LeftOut, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -113,42 +131,66 @@ def physics(setting: Setting, cell: Atoms, *, stable: bool = True) -> Physics:
         Whether dynamics at constant energy was; if not, none with a thermostat follows.
     """
     keep = setting.keep
-    apart, curves = keep("short-range", lambda: short_range(setting))
-    crystal, relaxed = keep("crystal", lambda: at_rest(setting))
-    phonons, spectra = keep("phonons", lambda: vibrations(setting, relaxed))
+    close = keep("short-range", lambda: short_range(setting))
+    rest = keep("crystal", lambda: at_rest(setting))
+    crystal, relaxed = _there(rest) or (None, None)
+    bands = keep("phonons", lambda: vibrations(setting, relaxed))
     modulus = crystal.teacher.bulk_modulus if crystal and relaxed else None
-    runs = keep("ensembles", lambda: ensembles(setting)) if stable else None
-    structure, vibration = in_dynamics(runs)
+    runs = keep("ensembles", lambda: ensembles(setting)) if stable else _unstable(IN_DYNAMICS)
+    structure, vibration = in_dynamics(_there(runs))
+    kinetic = keep("thermostat", lambda: thermostat(setting, cell)) if stable else _unstable(THERMOSTAT)
+    rungs = keep("ladder", lambda: ladder(setting))
+    dense = keep("density", lambda: density(setting, modulus)) if stable else _unstable(DENSITY)
+    broken = keep("defects", lambda: defects(setting, relaxed))
+    approaches, curves = _there(close) or ((), ())
+    phonons, spectra = _there(bands) or (None, None)
+    parts = (close, runs, kinetic, rungs, dense, rest, bands, broken)
     return Physics(
-        ensembles=runs,
+        ensembles=_there(runs),
         structure=structure[0] if structure else (),
         functions=structure[1] if structure else None,
         vibration=vibration,
-        short_range=tuple(apart),
+        short_range=tuple(approaches),
         curves=tuple(curves),
-        thermostat=keep("thermostat", lambda: thermostat(setting, cell)) if stable else None,
-        ladder=keep("ladder", lambda: ladder(setting)),
-        density=keep("density", lambda: density(setting, modulus)) if stable else None,
+        thermostat=_there(kinetic),
+        ladder=_there(rungs),
+        density=_there(dense),
         crystal=crystal,
         phonons=phonons,
         spectra=spectra,
-        defects=keep("defects", lambda: defects(setting, relaxed)),
+        defects=_there(broken) or (),
+        left_out=tuple(part for part in parts if isinstance(part, LeftOut)),
     )
 
 
-def short_range(setting: Setting) -> tuple[list[Approach], list[Curve]]:
+def _there(found: T | LeftOut) -> T | None:
+    return None if isinstance(found, LeftOut) else found
+
+
+def _unstable(name: str) -> LeftOut:
+    return LeftOut(name=name, reason="Dynamics at constant energy was not stable.")
+
+
+def _late(name: str, option: str, allowed: float) -> LeftOut:
+    reason = f"Not all runs were done after {OVERTIME * allowed:.0f} s, {OVERTIME:g} times {option}."
+    return LeftOut(name=name, reason=reason)
+
+
+def short_range(setting: Setting) -> tuple[list[Approach], list[Curve]] | LeftOut:
     """Energies while two atoms come together."""
     points = setting.options.approach_points
     if not points:
-        return [], []
+        return LeftOut(name=APART, reason="Switched off (approach_points is 0).")
     cell, cutoff = near_size(setting.start, SMALL_CELL), setting.calculators["model"].spec.cutoff
     return approach(setting.calculators, cell, cutoff, points, progress=setting.progress)
 
 
-def ensembles(setting: Setting) -> Ensembles | None:
+def ensembles(setting: Setting) -> Ensembles | LeftOut:
     """Several runs of both with a thermostat, or of the model where the teacher is too slow."""
     options = setting.options
     cell = near_size(setting.start, ENSEMBLE_ATOMS)
+    if len(cell) < 2:
+        return LeftOut(name=IN_DYNAMICS, reason="The structure is one atom.")
     own, other = (RUNS * setting.seconds(cell, name) for name in ("model", "teacher"))
     for energies_only in (False, True):
         per_step = own + (other / RUN_SAMPLES if energies_only else other)
@@ -157,10 +199,9 @@ def ensembles(setting: Setting) -> Ensembles | None:
         if steps >= SHORTEST_RUN:
             break
     else:
-        return None
-    if len(cell) < 2:
-        return None
-    return compare_ensembles(
+        needed = warm_up + SHORTEST_RUN * per_step
+        return no_time(IN_DYNAMICS, "ensemble_seconds", options.ensemble_seconds, needed)
+    found = compare_ensembles(
         *setting.pair,
         cell,
         steps=steps,
@@ -173,6 +214,7 @@ def ensembles(setting: Setting) -> Ensembles | None:
         max_seconds=OVERTIME * options.ensemble_seconds,
         progress=setting.progress,
     )
+    return found or _late(IN_DYNAMICS, "ensemble_seconds", options.ensemble_seconds)
 
 
 def in_dynamics(
@@ -184,14 +226,14 @@ def in_dynamics(
     return compare_structure(runs), compare_vibrations(runs)
 
 
-def thermostat(setting: Setting, cell: Atoms) -> KineticEnergy | None:
+def thermostat(setting: Setting, cell: Atoms) -> KineticEnergy | LeftOut:
     """Kinetic energies of the model's run at constant temperature."""
     options = setting.options
     per_step = setting.seconds(cell, "model")
     steps = affordable_steps(per_step, options.nvt_seconds, LONGEST_NVT + WARM_UP) - WARM_UP
     if steps < 2:
-        return None
-    return nvt(
+        return no_time(THERMOSTAT, "nvt_seconds", options.nvt_seconds, (WARM_UP + 2) * per_step)
+    found = nvt(
         setting.calculators["model"],
         cell,
         temperature_K=options.temperature_K,
@@ -201,17 +243,20 @@ def thermostat(setting: Setting, cell: Atoms) -> KineticEnergy | None:
         max_seconds=1.5 * options.nvt_seconds,
         progress=setting.progress,
     )
+    return found or LeftOut(name=THERMOSTAT, reason="The run ended before there was anything to judge.")
 
 
-def ladder(setting: Setting) -> Ladder | None:
+def ladder(setting: Setting) -> Ladder | LeftOut:
     """Temperatures that model and teacher hold; without the teacher where it is too slow."""
     options = setting.options
     cell = near_size(setting.start, SMALL_CELL)
     needed = len(RUNGS) * STEPS * setting.seconds(cell, "model")
     both = needed + len(RUNGS) * STEPS * setting.seconds(cell, "teacher")
     # Half of the rungs are enough for a verdict; each run ends with its time.
-    if needed / 2 > options.ladder_seconds or len(cell) < 2:
-        return None
+    if len(cell) < 2:
+        return LeftOut(name=LADDER, reason="The structure is one atom.")
+    if needed / 2 > options.ladder_seconds:
+        return no_time(LADDER, "ladder_seconds", options.ladder_seconds, needed / 2)
     with_teacher = both <= options.ladder_seconds
     return compare_ladders(
         *setting.pair,
@@ -227,17 +272,20 @@ def ladder(setting: Setting) -> Ladder | None:
     )
 
 
-def density(setting: Setting, bulk_modulus: float | None) -> DensityComparison | None:
+def density(setting: Setting, bulk_modulus: float | None) -> DensityComparison | LeftOut:
     """Density at constant pressure, of periodic structures for which the time is enough."""
     options, model, teacher = setting.options, *setting.pair
     stresses = all("stress" in c.implemented_properties for c in (model, teacher))
-    if not (setting.start.pbc.all() and stresses):
-        return None
+    if not setting.start.pbc.all():
+        return LeftOut(name=DENSITY, reason=NOT_PERIODIC)
+    if not stresses:
+        return LeftOut(name=DENSITY, reason="Model or teacher have no stress.")
     cell = near_size(setting.start, DENSITY_ATOMS)
-    steps = affordable_steps(setting.seconds(cell), options.npt_seconds, LONGEST)
+    per_step, allowed = DENSITY_RUNS * setting.seconds(cell), options.npt_seconds
+    steps = affordable_steps(per_step, allowed, LONGEST + EQUILIBRATION) - EQUILIBRATION
     if steps < SHORTEST:
-        return None
-    return compare_densities(
+        return no_time(DENSITY, "npt_seconds", allowed, (SHORTEST + EQUILIBRATION) * per_step)
+    found = compare_densities(
         model,
         teacher,
         cell,
@@ -245,18 +293,23 @@ def density(setting: Setting, bulk_modulus: float | None) -> DensityComparison |
         pressure_GPa=options.pressure_GPa,
         timestep_fs=options.timestep_fs,
         steps=steps,
+        runs=DENSITY_RUNS,
         bulk_modulus=bulk_modulus,
         seed=options.seed,
-        max_seconds=options.npt_seconds,
+        max_seconds=OVERTIME * allowed,
         progress=setting.progress,
     )
+    return found or _late(DENSITY, "npt_seconds", allowed)
 
 
-def at_rest(setting: Setting) -> tuple[CrystalComparison | None, tuple[Atoms, Atoms] | None]:
+def at_rest(setting: Setting) -> tuple[CrystalComparison, tuple[Atoms, Atoms] | None] | LeftOut:
     """Elastic constants, and the minima of model and teacher, of periodic structures."""
-    start = setting.start
-    if not start.pbc.all() or EVALUATIONS * setting.seconds(start) > setting.options.crystal_seconds:
-        return None, None
+    start, allowed = setting.start, setting.options.crystal_seconds
+    if not start.pbc.all():
+        return LeftOut(name=AT_REST, reason=NOT_PERIODIC)
+    needed = EVALUATIONS * setting.seconds(start)
+    if needed > allowed:
+        return no_time(AT_REST, "crystal_seconds", allowed, needed)
     found, relaxed = compare_crystals(*setting.pair, start)
     if not (found.model.relaxed and found.teacher.relaxed):
         return found, None
@@ -264,26 +317,31 @@ def at_rest(setting: Setting) -> tuple[CrystalComparison | None, tuple[Atoms, At
     return found, (own.copy(), other.copy())  # without calculators
 
 
-def vibrations(
-    setting: Setting, relaxed: tuple[Atoms, Atoms] | None
-) -> tuple[Phonons | None, Spectra | None]:
+def vibrations(setting: Setting, relaxed: tuple[Atoms, Atoms] | None) -> tuple[Phonons, Spectra] | LeftOut:
     """Phonons at the minima of both."""
-    if relaxed is None or not phonons_available():
-        return None, None
+    if relaxed is None:
+        return LeftOut(name=PHONONS, reason=NOT_AT_REST)
+    if not phonons_available():
+        return LeftOut(name=PHONONS, reason="phonopy is not installed.")
     count, atoms = displacements(relaxed[1])
-    if count * setting.seconds(near_size(setting.start, atoms)) > setting.options.crystal_seconds:
-        return None, None
+    needed, allowed = (
+        count * setting.seconds(near_size(setting.start, atoms)),
+        setting.options.crystal_seconds,
+    )
+    if needed > allowed:
+        return no_time(PHONONS, "crystal_seconds", allowed, needed)
     return compare_phonons(*setting.pair, relaxed, setting.options.temperature_K)
 
 
-def defects(setting: Setting, relaxed: tuple[Atoms, Atoms] | None) -> tuple[Defect, ...]:
+def defects(setting: Setting, relaxed: tuple[Atoms, Atoms] | None) -> tuple[Defect, ...] | LeftOut:
     """Vacancies and surfaces of what is at rest in both."""
     if relaxed is None:
-        return ()
-    cost = evaluations(relaxed[1]) * setting.seconds(near_size(relaxed[1], VACANCY_ATOMS))
-    if cost > setting.options.defect_seconds:
-        return ()
+        return LeftOut(name=DEFECTS, reason=NOT_AT_REST)
+    needed = evaluations(relaxed[1]) * setting.seconds(near_size(relaxed[1], VACANCY_ATOMS))
+    if needed > setting.options.defect_seconds:
+        return no_time(DEFECTS, "defect_seconds", setting.options.defect_seconds, needed)
     try:
-        return compare_defects(*setting.pair, relaxed)
-    except CompactMLIPError:  # a defective cell that a calculator refuses
-        return ()
+        found = compare_defects(*setting.pair, relaxed)
+    except CompactMLIPError as error:  # a defective cell that a calculator refuses
+        return LeftOut(name=DEFECTS, reason=str(error))
+    return found or LeftOut(name=DEFECTS, reason=TOO_COMPLEX)

@@ -82,8 +82,10 @@ def mean(samples: Array) -> Estimate:
 
 
 def independent(samples: Array) -> Estimate:
-    """Mean of independent samples, two at least."""
+    """Mean of independent samples; its error is infinite where there is only one."""
     count = len(samples)
+    if count < 2:
+        return Estimate(float(np.mean(samples)), math.inf, 0)
     return Estimate(float(np.mean(samples)), float(np.std(samples, ddof=1)) / math.sqrt(count), count - 1)
 
 

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from ase.build import bulk
+from markupsafe import escape
 from pydantic import ValidationError
 
 from compactmlip import checkpoint
@@ -155,6 +156,12 @@ def test_validation_from_structures_alone(validated, files):
     assert verdicts["forces are the gradient of the energy"] == "pass"
     assert verdicts["symmetry: rotation, permutation, translation"] == "pass"
     assert certificate.stages[0].energy_mae == 1.5
+    reasons = {part.name: part.reason for part in certificate.left_out}
+    assert reasons["density (NPT)"] == "Switched off (npt_seconds is 0)."
+    assert reasons["engines agree"] == "The model is a checkpoint, not a deployed file."
+    report = (out / "report.html").read_text(encoding="utf-8")
+    for name, reason in reasons.items():
+        assert f"<li>{name}: {escape(reason)}</li>" in report and not any(name in check for check in verdicts)
 
 
 def test_numbers_can_be_recomputed_from_the_files(validated):

@@ -13,7 +13,7 @@ from ase.calculators.calculator import Calculator, all_changes
 from compactmlip.errors import InputError
 from compactmlip.validate.checks import Thresholds
 from compactmlip.validate.checks_dynamics import density_checks
-from compactmlip.validate.density import Density, DensityComparison, compare_densities, npt
+from compactmlip.validate.density import DensityComparison, Run, compare_densities, compare_runs, npt
 from compactmlip.validate.report import build_report
 
 from .conftest import Wells
@@ -50,7 +50,7 @@ class Gruneisen(Calculator):
         self.results = {"energy": float(energy), "forces": forces, "stress": stress}
 
 
-HOW: dict[str, Any] = {"temperature_K": 600.0, "timestep_fs": 2.0, "steps": 700, "bulk_modulus": MODULUS}
+HOW: dict[str, Any] = {"temperature_K": 600.0, "timestep_fs": 2.0, "steps": 300, "bulk_modulus": MODULUS}
 
 
 def expected(gamma: float, modulus: float = MODULUS, v0: float = V0) -> float:
@@ -86,52 +86,67 @@ def test_stress_is_the_derivative(crystal: Atoms) -> None:
 
 
 @pytest.fixture(scope="module")
-def run(crystal: Atoms) -> Density:
-    return npt(calculator(crystal), crystal, **HOW)
+def runs(crystal: Atoms) -> list[list[Run]]:
+    """Twice four runs of one potential."""
+    how = {"atoms": crystal, **HOW}
+    return [[npt(calculator(crystal), seed=(seed, run), **how) for run in range(4)] for seed in range(2)]
 
 
-def test_thermal_expansion(run: Density, crystal: Atoms) -> None:
+def compared(crystal: Atoms, model: list[Run], teacher: list[Run]) -> DensityComparison:
+    return compare_runs(crystal, model, teacher, temperature_K=600, pressure_GPa=0)
+
+
+def test_thermal_expansion(runs: list[list[Run]], crystal: Atoms) -> None:
+    found = compared(crystal, *runs).model
     expansion = expected(2.0) / V0 - 1
-    assert 0.05 < expansion < 0.07 and not run.failure and run.effective > 4
-    assert run.volume / V0 - 1 == pytest.approx(expansion, abs=max(0.006, 3 * run.volume_error / V0))
-    assert run.pressure_GPa == pytest.approx(0.0, abs=0.5)
-    assert run.temperature_K == pytest.approx(600, rel=0.06)
+    assert 0.05 < expansion < 0.07 and not found.failure
+    assert found.volume / V0 - 1 == pytest.approx(expansion, abs=max(0.006, 3 * found.volume_error / V0))
+    assert found.pressure_GPa == pytest.approx(0.0, abs=0.5)
+    assert found.temperature_K == pytest.approx(600, rel=0.06)
     mass = 63.546 * 1.66053907  # g/cm^3 from u/Angstrom^3
-    assert run.density == pytest.approx(mass / run.volume, rel=1e-3)
+    assert found.density == pytest.approx(mass / found.volume, rel=1e-3)
 
 
-def _verdicts(model: Density, teacher: Density) -> list[str]:
-    found = DensityComparison(atoms=32, target_K=600, target_GPa=0, model=model, teacher=teacher)
+def _verdicts(found: DensityComparison) -> list[str]:
     return [check.verdict for check in density_checks(found, Thresholds())]
 
 
-def test_same_passes_and_another_fails(run: Density, crystal: Atoms) -> None:
-    assert _verdicts(run, npt(calculator(crystal), crystal, seed=5, **HOW)) == ["pass"]
-    larger = npt(calculator(crystal, v0=1.08 * V0), crystal, **HOW)
-    assert _verdicts(larger, run) == ["fail"]
-    assert larger.volume / run.volume == pytest.approx(expected(2.0, v0=1.08 * V0) / expected(2.0), rel=0.01)
+def test_same_passes_and_another_fails(runs: list[list[Run]], crystal: Atoms) -> None:
+    same = compared(crystal, *runs)
+    assert _verdicts(same) == ["pass"] and 0 < abs(same.difference.value) < 1
+    assert same.difference.degrees == 3
+    larger = compare_densities(calculator(crystal, v0=1.08 * V0), calculator(crystal), crystal, **HOW)
+    assert larger is not None and _verdicts(larger) == ["fail"]
+    ratio = expected(2.0, v0=1.08 * V0) / expected(2.0)
+    assert larger.model.volume / larger.teacher.volume == pytest.approx(ratio, rel=0.01)
+    assert larger.difference.value == pytest.approx(100 * (1 / ratio - 1), abs=1)
+    # The same velocities in both: the difference is known better than either density.
+    assert larger.difference.error < 50 * larger.model.volume_error / larger.model.volume
 
 
-def test_pressure_compresses(run: Density, crystal: Atoms) -> None:
-    pressed = npt(calculator(crystal), crystal, pressure_GPa=2.0, **HOW)
+def test_pressure_compresses(runs: list[list[Run]], crystal: Atoms) -> None:
+    pressed = npt(calculator(crystal), crystal, pressure_GPa=2.0, seed=(0, 0), **HOW)
     assert pressed.pressure_GPa == pytest.approx(2.0, abs=0.5)
-    assert pressed.volume / run.volume == pytest.approx(1 - 2.0 / MODULUS, abs=0.012)
+    ratio = pressed.volume.mean() / runs[0][0].volume.mean()
+    assert ratio == pytest.approx(1 - 2.0 / MODULUS, abs=0.012)
 
 
 def test_from_the_same_start(crystal: Atoms) -> None:
     before = crystal.cell.array.copy()
-    short = {**HOW, "steps": 40}
+    short = {**HOW, "steps": 40, "runs": 2}
     found = compare_densities(calculator(crystal), calculator(crystal), crystal, **short)
+    assert found is not None
     assert found.model == found.teacher and found.target_K == 600 and found.atoms == 32
+    assert found.differences == (0.0, 0.0) and found.model.density_error > 0  # runs differ
     assert np.array_equal(crystal.cell.array, before) and crystal.calc is None
+    assert compare_densities(calculator(crystal), calculator(crystal), crystal, max_seconds=-1) is None
 
 
-def test_what_cannot_be_judged(run: Density, crystal: Atoms, wells: Any) -> None:
+def test_what_cannot_be_judged(runs: list[list[Run]], crystal: Atoms, wells: Any) -> None:
     assert density_checks(None, Thresholds()) == []
-    few = run.model_copy(update={"effective": 2.0})
-    assert _verdicts(few, run) == [] and _verdicts(run, few) == []
-    failed = run.model_copy(update={"failure": "the volume changed"})
-    assert _verdicts(failed, run) == ["fail"] and _verdicts(run, failed) == []
+    good, failed = runs[0][:1], [Run(np.zeros(0), np.nan, np.nan, 3, "the volume changed")]
+    assert _verdicts(compared(crystal, failed, good)) == ["fail"]
+    assert _verdicts(compared(crystal, good, failed)) == []
     with pytest.raises(InputError, match="no stress"):
         npt(Wells(crystal.positions, 0.05), crystal)
     with pytest.raises(InputError, match="periodic"):
@@ -139,13 +154,14 @@ def test_what_cannot_be_judged(run: Density, crystal: Atoms, wells: Any) -> None
 
 
 def test_cells_that_collapse_or_fly_apart(crystal: Atoms) -> None:
-    gas = npt(calculator(crystal, v0=3 * V0), crystal, **HOW)
-    assert "the volume changed by a factor of" in gas.failure and np.isnan(gas.volume)
+    gas = compare_densities(calculator(crystal, v0=3 * V0), calculator(crystal), crystal, **HOW)
+    assert gas is not None and "the volume changed by a factor of" in gas.model.failure
+    assert np.isnan(gas.model.volume) and gas.differences == () and _verdicts(gas) == ["fail"]
 
 
-def test_in_the_report(evidence: Any, run: Density) -> None:
+def test_in_the_report(evidence: Any, runs: list[list[Run]], crystal: Atoms) -> None:
     certificate, data = evidence()
-    found = DensityComparison(atoms=32, target_K=600, target_GPa=0, model=run, teacher=run)
+    found = compared(crystal, *runs)
     changed = certificate.model_copy(update={"density": found})
     html = build_report(changed, data)
     assert "Constant pressure" in html and "Constant pressure" not in build_report(certificate, data)

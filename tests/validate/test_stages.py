@@ -10,9 +10,14 @@ from ase import Atoms
 from ase.build import bulk
 
 from compactmlip.validate import stages
+from compactmlip.validate.density import DensityComparison
+from compactmlip.validate.ensemble import Ensembles
+from compactmlip.validate.ladder import Ladder
+from compactmlip.validate.left_out import LeftOut
 from compactmlip.validate.options import ValidateOptions
 from compactmlip.validate.speed import Speed
 from compactmlip.validate.stages import Physics, Setting, physics
+from compactmlip.validate.thermostat import KineticEnergy
 
 from .conftest import Pairs, lennard_jones
 
@@ -43,8 +48,9 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stages, "SHORTEST_RUN", 20)
     monkeypatch.setattr(stages, "RUN_WARM_UP", 5)
     monkeypatch.setattr(stages, "ENSEMBLE_ATOMS", 32)
-    monkeypatch.setattr(stages, "LONGEST", stages.SHORTEST // 4)
+    monkeypatch.setattr(stages, "LONGEST", 50)
     monkeypatch.setattr(stages, "SHORTEST", 50)
+    monkeypatch.setattr(stages, "DENSITY_RUNS", 2)
     monkeypatch.setattr(stages, "DENSITY_ATOMS", 32)
     monkeypatch.setattr(stages, "RUNGS", (1.0, 2.0))
     monkeypatch.setattr(stages, "STEPS", 50)
@@ -56,11 +62,28 @@ def parts(found: Physics) -> set[str]:
     return {name for name in names if getattr(found, name)}
 
 
+def reasons(found: Physics) -> dict[str, str]:
+    return {part.name: part.reason for part in found.left_out}
+
+
 def test_budgets_decide_what_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
     """Everything is left out where it would take too long, but for approaching atoms, which cost nothing."""
     start = bulk("Ar", cubic=True, a=5.3).repeat(2)
     slow = physics(setting(start, seconds=1.0), start)
     assert parts(slow) == {"short_range"}
+    # 6 runs of 180 steps of 2 s with 64 atoms, and the teacher's word on every tenth of the last 80.
+    needed = 6 * 180 * 2 + 6 * 8 * 2
+    assert reasons(slow) == {
+        "radial distribution and vibration": f"It needs about {needed} s on this machine, and "
+        "ensemble_seconds allows 150.",
+        "temperature under a thermostat": "It needs about 152 s on this machine, and nvt_seconds allows 15.",
+        "highest temperature": "It needs about 400 s on this machine, and ladder_seconds allows 60.",
+        "density (NPT)": "It needs about 4800 s on this machine, and npt_seconds allows 90.",
+        "structure at rest, elastic constants": reasons(slow)["structure at rest, elastic constants"],
+        "phonons": stages.NOT_AT_REST,
+        "vacancies and surfaces": stages.NOT_AT_REST,
+    }
+    assert "crystal_seconds allows 30" in reasons(slow)["structure at rest, elastic constants"]
     none = {
         "nvt_seconds": 0,
         "ensemble_seconds": 0,
@@ -69,7 +92,9 @@ def test_budgets_decide_what_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
         "crystal_seconds": 0,
         "approach_points": 0,
     }
-    assert parts(physics(setting(start, **none), start)) == set()
+    off = physics(setting(start, **none), start)
+    assert parts(off) == set()
+    assert reasons(off)["atoms stay apart"] == "Switched off (approach_points is 0)."
 
 
 def test_molecules_have_dynamics_only(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -77,6 +102,7 @@ def test_molecules_have_dynamics_only(monkeypatch: pytest.MonkeyPatch) -> None:
     pair = Atoms("Ar2", [[0, 0, 0], [0, 0, 3.8]])
     found = physics(setting(pair, ladder_seconds=0), pair)
     assert parts(found) == {"short_range", "ensembles", "thermostat"}
+    assert reasons(found)["density (NPT)"] == stages.NOT_PERIODIC
 
 
 def test_all_parts_of_a_crystal(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,14 +116,18 @@ def test_all_parts_of_a_crystal(monkeypatch: pytest.MonkeyPatch) -> None:
         "ladder": stages.ladder(what),
         "defects": stages.defects(setting(start, defect_seconds=0), (start, start)),
     }
-    assert done["thermostat"] is not None and done["thermostat"].steps == 41
-    assert done["density"] is not None and done["density"].model == done["density"].teacher
+    assert isinstance(done["thermostat"], KineticEnergy) and done["thermostat"].steps == 41
+    assert isinstance(done["density"], DensityComparison) and done["density"].model == done["density"].teacher
     runs = done["ensembles"]
-    assert runs is not None and runs.sampling.method == "runs" and runs.model.shape == (6, 2, 32, 3)
+    assert (
+        isinstance(runs, Ensembles) and runs.sampling.method == "runs" and runs.model.shape == (6, 2, 32, 3)
+    )
     structure, vibration = stages.in_dynamics(runs)
     assert structure is not None and [row.error for row in structure[0]] == [0.0]
     assert [(row.species, row.difference) for row in vibration] == [("Ar", 0.0)]
-    assert done["ladder"] is not None and done["ladder"].highest == done["ladder"].teacher_highest == 80
-    assert done["defects"] == ()
+    assert (
+        isinstance(done["ladder"], Ladder) and done["ladder"].highest == done["ladder"].teacher_highest == 80
+    )
+    assert isinstance(done["defects"], LeftOut) and "defect_seconds is 0" in done["defects"].reason
     unstable = physics(setting(start, ladder_seconds=0, crystal_seconds=0), start, stable=False)
     assert parts(unstable) == {"short_range"}

@@ -127,6 +127,7 @@ def _summary(c: Certificate) -> str:
     parts = [f"{counts['pass']} of {len(c.checks)} checks passed"]
     parts += [f"{counts['warn']} with a warning"] if counts["warn"] else []
     parts += [f"{counts['fail']} failed"] if counts["fail"] else []
+    parts += [f"{len(c.left_out)} not made (listed below the verdicts)"] if c.left_out else []
     return ", ".join(parts) + ". " + ADVICE[c.verdict]
 
 
