@@ -113,13 +113,14 @@ def test_electrolyte(tiny: Any, tmp_path: Path, monkeypatch: Any, capsys: Any) -
     run(monkeypatch, "electrolyte", "--write", tmp_path / "start.xyz")
     start = ase.io.read(tmp_path / "start.xyz")
     counts = {s: start.get_chemical_symbols().count(s) for s in ("Li", "O", "Cl")}
-    assert counts == {"Li": 188, "O": 64, "Cl": 60}
+    assert counts == {"Li": 79, "O": 27, "Cl": 25}
     lengths = start.get_all_distances(mic=True)[np.triu_indices(len(start), 1)]
     assert lengths.min() == pytest.approx(3.91 / 2, abs=1e-6)  # Li-O
     run(monkeypatch, "electrolyte", "--smoke", "--model", tiny("Li", "O", "Cl"), "-o", tmp_path)
     found = json.loads((tmp_path / "results.json").read_text())
     (row,) = found["rows"]
     assert found["atoms"] == 38 and found["arrhenius"] is None
+    assert (tmp_path / "diffusion.png").stat().st_size > 5000
     assert row["target_K"] == 800 and row["kind"] in {"diffuses", "vibrates", "undecided"}
     assert (
         row["exponent"] > 0 and row["D_error"] > 0 and f"{row['measured_K']:.0f} K" in capsys.readouterr().out
@@ -127,11 +128,14 @@ def test_electrolyte(tiny: Any, tmp_path: Path, monkeypatch: Any, capsys: Any) -
 
 
 def test_water(tiny: Any, tmp_path: Path, monkeypatch: Any) -> None:
-    run(monkeypatch, "water", "--write", tmp_path / "start.xyz")
-    start = ase.io.read(tmp_path / "start.xyz")
-    grams = start.get_masses().sum() / 6.02214076e23
-    assert len(start) == 192 and grams / start.get_volume() * 1e24 == pytest.approx(0.997, rel=1e-6)
-    run(monkeypatch, "water", "--smoke", "--model", tiny("H", "O"), "-o", tmp_path)
+    model = tiny("H", "O")
+    run(monkeypatch, "water", "--smoke", "--model", model, "--write", tmp_path / "melt.xyz")
+    first, *others = ase.io.read(tmp_path / "melt.xyz", ":")
+    grams = first.get_masses().sum() / 6.02214076e23
+    assert len(first) == 24 and grams / first.get_volume() * 1e24 == pytest.approx(0.997, rel=1e-6)
+    moved = [np.abs(frame.positions - first.positions).max() for frame in others]
+    assert len(others) == 29 and moved[0] > 1e-3 and moved[-1] > moved[0]
+    run(monkeypatch, "water", "--smoke", "--model", model, "-o", tmp_path)
     found = json.loads((tmp_path / "results.json").read_text())
     assert found["atoms"] == 24 and found["nve"]["steps"] == 200 and found["nve"]["stable"]
     assert abs(found["nve"]["drift"]["slope"]) < 50 and (tmp_path / "rdf.png").is_file()

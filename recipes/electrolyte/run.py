@@ -10,10 +10,14 @@ from typing import Any
 import numpy as np
 from ase import Atoms, units
 from ase.spacegroup import crystal
+from matplotlib.figure import Figure
 
 from compactmlip import CompactMLIPCalculator
-from compactmlip.validate.motion import motion, without_drift
+from compactmlip.validate.motion import motion, segment_displacements, segment_lags, without_drift
 from compactmlip.validate.nve import equilibrate, nve
+
+TIMESTEP_FS = 2.0
+"""Thirty steps for the fastest vibration."""
 
 EVERY = 10
 """Steps between positions, as :func:`compactmlip.validate.nve.nve` keeps them."""
@@ -35,15 +39,18 @@ def electrolyte(repeats: int, vacancies: int) -> Atoms:
     return atoms
 
 
-def diffusion(calculator: Any, atoms: Atoms, temperature_K: float, steps: int, timestep_fs: float) -> Any:
-    """D of lithium from dynamics without thermostat after an equilibration with one."""
-    state = {"temperature_K": temperature_K, "timestep_fs": timestep_fs}
+def diffusion(calculator: Any, atoms: Atoms, temperature_K: float, steps: int) -> tuple[Any, float, Any]:
+    """Motion of lithium without thermostat after an equilibration with one; temperature; MSD by lag."""
+    state = {"temperature_K": temperature_K, "timestep_fs": TIMESTEP_FS}
     system = equilibrate(calculator, atoms, steps=steps // 10, **state)
     run = nve(calculator, system, steps=steps, **state)
     if not run.summary.stable:
         raise SystemExit(f"{temperature_K:g} K: the run was not stable: {run.summary.reason}")
     positions = without_drift(system, run.positions)[:, system.symbols == "Li"]
-    return motion(positions, EVERY * timestep_fs / 1000, distance=2.0), run.summary.mean_temperature_K
+    interval = EVERY * TIMESTEP_FS / 1000
+    lags = interval * np.array(segment_lags(len(positions)))
+    curve = np.array([lags, segment_displacements(positions).mean(axis=0)])
+    return motion(positions, interval, distance=2.0), run.summary.mean_temperature_K, curve
 
 
 def arrhenius(rows: list[dict[str, Any]]) -> tuple[float, float] | None:
@@ -56,25 +63,45 @@ def arrhenius(rows: list[dict[str, Any]]) -> tuple[float, float] | None:
     return float(-slope), float(np.exp(intercept))
 
 
+def picture(rows: list[dict[str, Any]], curves: list[Any], path: Path) -> None:
+    """Mean square displacements, and D against the inverse temperature."""
+    figure = Figure(figsize=(7.5, 3.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for row, (times, squares) in zip(rows, curves, strict=True):
+        left.plot(times, squares, label=f"{row['measured_K']:.0f} K")
+    left.set_xlabel("time (ps)")
+    left.set_ylabel("mean square displacement of Li (Å²)")
+    left.legend()
+    known = [row for row in rows if row["kind"] == "diffuses"]
+    inverse = [1000 / row["measured_K"] for row in known]
+    right.errorbar(inverse, [r["D"] for r in known], [r["D_error"] for r in known], fmt="o", capsize=3)
+    right.set_yscale("log")
+    right.set_xlabel("1000 K / temperature")
+    right.set_ylabel("D of Li (10⁻⁵ cm²/s)")
+    figure.savefig(path, dpi=150)
+
+
 def main() -> None:
     """Read the options, compute, write and print."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=Path, default=Path("electrolyte-model/model.pt"))
     parser.add_argument("-o", "--output", type=Path, default=Path("electrolyte"))
     parser.add_argument("--temperatures", type=float, nargs="+", default=[800.0, 1000.0, 1200.0])
-    parser.add_argument("--picoseconds", type=float, default=100.0)
-    parser.add_argument("--smoke", action="store_true", help="small cell, 0.5 ps, one temperature: for tests")
+    parser.add_argument("--picoseconds", type=float, default=50.0)
+    parser.add_argument("--smoke", action="store_true", help="small cell, 1 ps, one temperature: for tests")
     parser.add_argument("--write", type=Path, help="only write the structure to this file")
     options = parser.parse_args()
-    atoms = electrolyte(*((2, 1) if options.smoke else (4, 4)))
+    atoms = electrolyte(*((2, 1) if options.smoke else (3, 2)))
     if options.write:
         atoms.write(options.write)
         return
-    picoseconds = 0.5 if options.smoke else options.picoseconds
+    picoseconds = 1.0 if options.smoke else options.picoseconds
     temperatures = options.temperatures[:1] if options.smoke else options.temperatures
-    calculator, rows = CompactMLIPCalculator(options.model), []
+    calculator, rows, curves = CompactMLIPCalculator(options.model), [], []
     for temperature in temperatures:
-        found, measured = diffusion(calculator, atoms, temperature, round(1000 * picoseconds), 1.0)
+        steps = round(1000 * picoseconds / TIMESTEP_FS)
+        found, measured, curve = diffusion(calculator, atoms, temperature, steps)
+        curves.append(curve)
         row = {"target_K": temperature, "measured_K": measured, "kind": found.kind}
         row |= {"D": found.diffusion, "D_error": found.diffusion_error, "exponent": found.exponent}
         rows.append(row)
@@ -88,6 +115,7 @@ def main() -> None:
     options.output.mkdir(parents=True, exist_ok=True)
     text = json.dumps({"atoms": len(atoms), "rows": rows, "arrhenius": fit}, indent=1)
     (options.output / "results.json").write_text(text + "\n")
+    picture(rows, curves, options.output / "diffusion.png")
 
 
 if __name__ == "__main__":

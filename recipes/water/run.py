@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from ase import Atoms, units
 from ase.build import molecule
+from ase.io import write
 from matplotlib.figure import Figure
 
 from compactmlip import CompactMLIPCalculator
@@ -17,6 +18,9 @@ from compactmlip.validate.nve import equilibrate, nve
 from compactmlip.validate.structure import first_peak, radial_distributions
 
 TEMPERATURE_K, TIMESTEP_FS, DENSITY = 300.0, 0.5, 0.997
+
+MELT_K, MELT_PS, MELT_FRAMES = 450.0, 2.0, 30
+"""Warmer than the liquid that is wanted, so that its own states lie inside."""
 
 
 def box(molecules_per_edge: int) -> Atoms:
@@ -30,6 +34,17 @@ def box(molecules_per_edge: int) -> Atoms:
         turned.positions += spacing * (np.array(place) + 0.5) - turned.get_center_of_mass()
         liquid += turned
     return liquid
+
+
+def melted(calculator: Any, grid: Atoms, picoseconds: float) -> list[Atoms]:
+    """Snapshots of molecules that leave their grid, evenly spaced in time."""
+    steps = round(1000 * picoseconds / TIMESTEP_FS)
+    state = {"temperature_K": MELT_K, "timestep_fs": TIMESTEP_FS}
+    frames, system = [], grid
+    for k in range(MELT_FRAMES):
+        system = equilibrate(calculator, system, steps=steps // MELT_FRAMES, seed=k, **state)
+        frames.append(Atoms(system.symbols, system.positions, cell=system.cell, pbc=True))
+    return frames
 
 
 def peaks(liquid: Atoms, positions: Any) -> tuple[Any, dict[str, Any], dict[str, dict[str, float]]]:
@@ -50,11 +65,14 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path, default=Path("water"))
     parser.add_argument("--picoseconds", type=float, default=20.0)
     parser.add_argument("--smoke", action="store_true", help="eight molecules and 0.1 ps: for tests")
-    parser.add_argument("--write", type=Path, help="only write the structure to this file")
+    parser.add_argument(
+        "--write", type=Path, help="only write structures of the liquid to this file, melted by the model"
+    )
     options = parser.parse_args()
     liquid = box(2 if options.smoke else 4)
     if options.write:
-        liquid.write(options.write)
+        calculator, grid = CompactMLIPCalculator(options.model), box(2 if options.smoke else 3)
+        write(options.write, melted(calculator, grid, 0.05 if options.smoke else MELT_PS))
         return
     steps = round(1000 * (0.1 if options.smoke else options.picoseconds) / TIMESTEP_FS)
     calculator = CompactMLIPCalculator(options.model)
@@ -76,6 +94,7 @@ def main() -> None:
     axes = figure.subplots()
     for pair, function in functions.items():
         axes.plot(distances, function, label=pair)
+    axes.set_xlim(0.5, None)
     axes.set_ylim(0, 4)
     axes.set_xlabel("distance (Å)")
     axes.set_ylabel("g(r)")
