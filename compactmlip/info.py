@@ -118,6 +118,8 @@ def accuracy_text(accuracy: Accuracy) -> str:
         f"{a.num_structures} {a.structures} structures: energy {a.energy_mae:.1e} (max {a.energy_max:.1e}) "
         f"eV/atom, forces {a.force_mae:.1e} (max {a.force_max:.1e}) eV/Angstrom"
     )
+    if a.force_largest is not None:
+        text += f" where the largest is {a.force_largest:.1e}"
     if a.stress_mae is None:
         return text
     return f"{text}, stress {a.stress_mae:.1e} (max {a.stress_max:.1e}) eV/Angstrom^3"

@@ -84,7 +84,9 @@ class Accuracy(_Frozen):
 
     Energies in eV/atom, forces (components) in eV/Angstrom, stress (components) in eV/Angstrom^3; stress
     is None where no structure is periodic.  ``structures`` says on what: "built-in", random ones made from
-    the model's species, or "calibration", those that the user gave.
+    the model's species, or "calibration", those that the user gave.  ``force_largest`` is the largest force
+    component there (None in files of earlier versions): on random structures it may be absurdly large, and
+    rounding with it.
     """
 
     structures: Literal["built-in", "calibration"]
@@ -94,6 +96,7 @@ class Accuracy(_Frozen):
     energy_max: float
     force_mae: float
     force_max: float
+    force_largest: float | None = None
     stress_mae: float | None
     stress_max: float | None
 

@@ -245,6 +245,7 @@ def _accuracy(
         energy_max=float(energy.max()),
         force_mae=float(force.mean()),
         force_max=float(force.max()),
+        force_largest=max(float(e.forces.abs().max()) for e in expected),
         stress_mae=float(stress.mean()) if len(stress) else None,
         stress_max=float(stress.max()) if len(stress) else None,
     )

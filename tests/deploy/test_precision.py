@@ -145,10 +145,11 @@ def test_calibration(small_model: nn.Module, structures: dict[str, Atoms], tmp_p
     assert (built_in.structures, found.structures) == ("built-in", "calibration")
     assert (found.num_structures, found.num_atoms) == (2, sum(map(len, frames)))
     assert report.self_check.num_structures == built_in.num_structures == 6
-    forces, energies, stresses = [], [], []
+    forces, energies, stresses, largest = [], [], [], []
     for atoms in frames:
         expected = energy_and_derivatives(small_model, build_graph(atoms, report.spec))
         atoms.calc = CompactMLIPCalculator(report.path)
+        largest.append(float(expected.forces.abs().max()))
         forces.append(torch.tensor(atoms.get_forces()) - expected.forces)
         energies.append(abs(atoms.get_potential_energy() - float(expected.energies)) / len(atoms))
         if atoms.pbc.all():
@@ -156,6 +157,7 @@ def test_calibration(small_model: nn.Module, structures: dict[str, Atoms], tmp_p
     difference = torch.cat(forces).abs()
     assert found.force_mae == pytest.approx(float(difference.mean()), rel=1e-6)
     assert found.force_max == pytest.approx(float(difference.max()), rel=1e-6)
+    assert found.force_largest == pytest.approx(max(largest), rel=1e-6)
     assert found.energy_max == pytest.approx(max(energies), rel=1e-6)
     assert found.energy_mae == pytest.approx(sum(energies) / 2, rel=1e-6)
     assert len(stresses) == 1 and found.stress_max == pytest.approx(float(stresses[0].abs().max()), rel=1e-5)
