@@ -73,6 +73,12 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
+def check_name(path: Path, what: str = "a model is") -> None:
+    """Raise :class:`CheckpointError` unless a file name ends in ``.safetensors``."""
+    if path.suffix != ".safetensors":
+        raise CheckpointError(f"{path}: {what} saved as *.safetensors; choose such a name.")
+
+
 def save(model: nn.Module, path: str | Path) -> Path:
     """Write a model as ``*.safetensors``.
 
@@ -84,8 +90,7 @@ def save(model: nn.Module, path: str | Path) -> Path:
         If the name does not end in ``.safetensors`` or the file cannot be written.
     """
     path = Path(path)
-    if path.suffix != ".safetensors":
-        raise CheckpointError(f"{path}: a model is saved as *.safetensors; choose such a name.")
+    check_name(path)
     dtype = "float64" if model_dtype(model) == torch.float64 else "float32"
     spec = ModelSpec.model_validate({**model_spec(model).model_dump(), "dtype": dtype})
     tensors = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}

@@ -118,6 +118,7 @@ def convert(
     if dtype not in checkpoint.DTYPES:
         raise InputError(f"unknown dtype '{dtype}'; choose float32 or float64.")
     path = output or Path(f"{Path(model).stem}.safetensors")
+    checkpoint.check_name(path)
     native = load_model(
         model,
         modality=modality,
@@ -172,12 +173,13 @@ def sample(
 ) -> None:
     """Sample diverse structures around the given ones."""
     from compactmlip.config import resolve
-    from compactmlip.data.read import read_structures, write_labelled
+    from compactmlip.data.read import check_xyz_name, read_structures, write_labelled
     from compactmlip.data.sample import SampleOptions, sample as run
 
+    path = output or Path("samples.xyz")
+    check_xyz_name(path)
     options = resolve(SampleOptions, config, settings or [], n=number, seed=seed)
     frames = read_structures(structures)
-    path = output or Path("samples.xyz")
     loaded = load_for(teacher, species_of(frames), modality, accept_licence, device, not as_json)
     made = run(frames, loaded, options, progress=not as_json)
     write_labelled(path, made)
@@ -202,12 +204,13 @@ def label(
 ) -> None:
     """Compute teacher energies, forces and stresses; continues after an interruption."""
     from compactmlip.data.label import label as run
-    from compactmlip.data.read import read_labelled, read_structures
+    from compactmlip.data.read import check_xyz_name, read_labelled, read_structures
 
+    path = output or Path("labelled.xyz")
+    check_xyz_name(path)
     frames = read_structures(structures)
     if keep_labels:
         frames = [a for file in structures for a in read_labelled(file)]
-    path = output or Path("labelled.xyz")
     loaded = load_for(teacher, species_of(frames), modality, accept_licence, device, not as_json)
     done = run(frames, loaded, path, hessian=hessian, keep_labels=keep_labels, progress=not as_json)
     print_result(

@@ -74,7 +74,7 @@ def importance(
     """Score channels and layers; writes the scores, a picture and the ranking's stability."""
     import json
 
-    from compactmlip.checkpoint import atomic_write_text
+    from compactmlip.checkpoint import atomic_write_text, check_name
     from compactmlip.compress.compress import some_structures
     from compactmlip.compress.importance import importance as run
     from compactmlip.compress.relevance import layer_relevance
@@ -84,6 +84,7 @@ def importance(
     from compactmlip.data.read import read_structures
 
     path = output or Path("scores.safetensors")
+    check_name(path, "scores are")
     frames = read_structures(calibration)
     kept = symbols_in(species) or species_of(frames)
     teacher = load_for(model, kept, modality, accept_licence, device, not as_json)
@@ -142,6 +143,8 @@ def prune(
     from compactmlip.data.read import read_structures
     from compactmlip.models import num_parameters
 
+    path = output or Path("pruned.safetensors")
+    checkpoint.check_name(path)
     _one_of(to=to, plan=plan, budget=budget)
     if layers and budget:
         raise InputError("give --layers or --budget; to have both, cut layers first and prune the result.")
@@ -149,7 +152,6 @@ def prune(
     kept = symbols_in(species) or species_of(frames)
     teacher = load_for(model, kept, modality, accept_licence, device, not as_json)
     graphs = _graphs(frames, teacher)
-    path = output or Path("pruned.safetensors")
     options: dict[str, Any] = {"radial_hidden": radial_hidden, "readout_hidden": readout_hidden}
     target: str | Plan | None = to or (None if layers or num_basis else DEFAULT_TARGET)
     scores = None

@@ -71,6 +71,8 @@ def distil(
     from compactmlip.train.distil import DistilOptions, distil as run
     from compactmlip.train.ranks import current_ranks, own_device
 
+    path = output or Path("distilled.safetensors")
+    checkpoint.check_name(path)
     if (rounds is None) != (teacher is None):
         raise InputError("--rounds and --teacher belong together: the teacher labels what the rounds find.")
     given: dict[str, Any] = {"max_minutes": minutes, "max_epochs": epochs, "hessian_weight": hessian}
@@ -80,7 +82,6 @@ def distil(
     names = {"energy_key": energy_key, "forces_key": forces_key, "stress_key": stress_key}
     keys: dict[str, Any] = {k: v for k, v in names.items() if v is not None}
     frames = [read_labelled(path, **keys) for path in (train, valid)]
-    path = output or Path("distilled.safetensors")
     folder = path.with_suffix(".training")
     model = checkpoint.load(student).to(usable_device(own_device(device)))
     if teacher is None or not isinstance(options, ActiveOptions):

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from torch import nn
 
-from compactmlip.checkpoint import atomic_write
+from compactmlip.checkpoint import atomic_write, check_name
 from compactmlip.compress.tapped import Scores, group_sizes
 from compactmlip.errors import CheckpointError, InputError
 from compactmlip.models import model_spec
@@ -40,8 +40,7 @@ def save_scores(path: str | Path, scores: Scores, model: nn.Module, **details: A
         If the name does not end in ``.safetensors`` or the file cannot be written.
     """
     path = Path(path)
-    if path.suffix != ".safetensors":
-        raise CheckpointError(f"{path}: scores are saved as *.safetensors; choose such a name.")
+    check_name(path, "scores are")
     header = json.dumps({"version": 1, "model": architecture_digest(model), **details})
     tensors = {name: np.ascontiguousarray(score) for name, score in scores.items()}
     atomic_write(path, lambda p: save_file(tensors, str(p), metadata={KEY: header}))
