@@ -72,7 +72,7 @@ def test_parse_blocks() -> None:
 def test_install_is_two_commands() -> None:
     assert [b.text for b in INSTALL] == [
         "pip install -c constraints.txt . && compactmlip quickstart\n",
-        "pip install -c constraints.txt '.[test]' && pytest\n",
+        "pip install -c constraints.txt '.[test]' && pytest -n 2\n",
     ]
     assert {b.language for b in INSTALL} == {"bash"}
 
