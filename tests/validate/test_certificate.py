@@ -160,6 +160,8 @@ def test_validation_from_structures_alone(validated, files):
     assert reasons["density (NPT)"] == "Switched off (npt_seconds is 0)."
     assert reasons["engines agree"] == "The model is a checkpoint, not a deployed file."
     report = (out / "report.html").read_text(encoding="utf-8")
+    listed = ", ".join(reasons)
+    assert f"Not checked, for reasons listed below the verdicts: {listed}." in report
     for name, reason in reasons.items():
         assert f"<li>{name}: {escape(reason)}</li>" in report and not any(name in check for check in verdicts)
 

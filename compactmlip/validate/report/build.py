@@ -127,8 +127,9 @@ def _summary(c: Certificate) -> str:
     parts = [f"{counts['pass']} of {len(c.checks)} checks passed"]
     parts += [f"{counts['warn']} with a warning"] if counts["warn"] else []
     parts += [f"{counts['fail']} failed"] if counts["fail"] else []
-    parts += [f"{len(c.left_out)} not made (listed below the verdicts)"] if c.left_out else []
-    return ", ".join(parts) + ". " + ADVICE[c.verdict]
+    names = ", ".join(dict.fromkeys(part.name for part in c.left_out))
+    open_ = f"Not checked, for reasons listed below the verdicts: {names}. " if names else ""
+    return ", ".join(parts) + ". " + open_ + ADVICE[c.verdict]
 
 
 def _worst_first(c: Certificate) -> list[Check]:
