@@ -67,15 +67,11 @@ def _lines(certificate: Certificate, folder: Path) -> list[str]:
         lines.append(
             f"speed       {speed.atoms_per_second['model']:,.0f} atoms/s at {speed.atoms} atoms{text}"
         )
+    names = certificate.not_checked
     return [
         *lines,
-        f"verdict     {certificate.verdict}{_left_out(certificate)}",
+        f"verdict     {certificate.verdict}" + (f" (not checked: {names})" if names else ""),
         f"licence     {certificate.teacher.licence} (the teacher's; it applies to the model as well)",
         f"model       {folder / 'model.pt'}",
         f"report      {folder / 'report.html'}",
     ]
-
-
-def _left_out(certificate: Certificate) -> str:
-    names = ", ".join(dict.fromkeys(part.name for part in certificate.left_out))
-    return f" (not checked: {names})" if names else ""

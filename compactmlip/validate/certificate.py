@@ -122,6 +122,11 @@ class Certificate(_Frozen):
     software: dict[str, str]
     options: dict[str, object]
 
+    @property
+    def not_checked(self) -> str:
+        """Names of what was left out, as a list in words."""
+        return ", ".join(dict.fromkeys(part.name for part in self.left_out))
+
     def save(self, path: str | Path) -> Path:
         """Write as JSON, completely or not at all."""
         atomic_write_text(Path(path), self.model_dump_json(indent=2) + "\n")

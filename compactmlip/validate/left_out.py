@@ -8,8 +8,10 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 ENGINES, LAMMPS, PLAIN = "engines agree", "engines agree: LAMMPS", "engines agree: plain PyTorch"
-MOTION = "self-diffusion"
-"""Names of what does not depend on dynamics or structure alone."""
+APART, IN_DYNAMICS, MOTION = "atoms stay apart", "radial distribution and vibration", "self-diffusion"
+THERMOSTAT, LADDER, DENSITY = "temperature under a thermostat", "highest temperature", "density (NPT)"
+AT_REST, PHONONS, DEFECTS = "structure at rest, elastic constants", "phonons", "vacancies and surfaces"
+"""What is checked, where it is left out."""
 
 
 class LeftOut(BaseModel):
@@ -44,6 +46,11 @@ def no_time(name: str, option: str, allowed: float, needed: float) -> LeftOut:
     return LeftOut(name=name, reason=reason)
 
 
+def unstable(name: str) -> LeftOut:
+    """For a part that needs dynamics, of a model whose dynamics broke."""
+    return LeftOut(name=name, reason="Dynamics at constant energy was not stable.")
+
+
 def _short_thermostat(found: Any) -> str:
     return f"{found.steps} steps hold {found.effective:.1f} independent energies, too few (nvt_seconds)."
 
@@ -62,11 +69,11 @@ def _sampling(found: Any) -> str:
 
 
 UNJUDGED: dict[str, tuple[str, Callable[[Any], str]]] = {
-    "sampling": ("radial distribution and vibration", _sampling),
-    "thermostat": ("temperature under a thermostat", _short_thermostat),
-    "density": ("density (NPT)", _density),
-    "ladder": ("highest temperature", _short_ladder),
-    "defects": ("vacancies and surfaces", lambda _: "The teacher's own energies are not positive."),
+    "sampling": (IN_DYNAMICS, _sampling),
+    "thermostat": (THERMOSTAT, _short_thermostat),
+    "density": (DENSITY, _density),
+    "ladder": (LADDER, _short_ladder),
+    "defects": (DEFECTS, lambda _: "The teacher's own energies are not positive."),
 }
 """Results that may be there without allowing a verdict: their names, and why (empty: another check says)."""
 

@@ -42,10 +42,10 @@ from compactmlip.validate.cutoff import cutoff_step
 from compactmlip.validate.engines import EngineParity, compare_engines, compare_plain
 from compactmlip.validate.environment import errors_by_environment
 from compactmlip.validate.heldout import calmest, heldout_structures, typical
-from compactmlip.validate.left_out import ENGINES, LAMMPS, MOTION, PLAIN, LeftOut, unjudged
+from compactmlip.validate.left_out import ENGINES, LAMMPS, MOTION, PLAIN, LeftOut, unjudged, unstable
 from compactmlip.validate.making import read_making
 from compactmlip.validate.motion import compare_motion
-from compactmlip.validate.nve import SAMPLE_EVERY
+from compactmlip.validate.nve import SAMPLE_EVERY, NVEResult
 from compactmlip.validate.options import ValidateOptions
 from compactmlip.validate.output import ValidationData, write_all
 from compactmlip.validate.paired import compare_speed, dynamics
@@ -136,7 +136,7 @@ def validate(
     if teacher_run:
         interval = SAMPLE_EVERY * options.timestep_fs / 1000
         moves = compare_motion(cell, run.positions, teacher_run.positions, interval)
-    left_out = [*found.left_out, *_no_motion(moves, teacher_run is not None)]
+    left_out = [*found.left_out, *_no_motion(moves, run, teacher_run, options)]
     data = ValidationData(
         tuple(heldout),
         reference,
@@ -239,12 +239,21 @@ def _given(source: str | Path | None) -> list[Path]:
     return [Path(source)] if source else []
 
 
-def _no_motion(moves: object, teacher_ran: bool) -> list[LeftOut]:
+def _no_motion(
+    moves: object, run: NVEResult, teacher_run: NVEResult | None, options: ValidateOptions
+) -> list[LeftOut]:
     """Say why diffusion was not compared."""
     if moves is not None:
         return []
-    short = "The teacher's run is too short" if teacher_ran else "There is no time for a run of the teacher"
-    return [LeftOut(name=MOTION, reason=f"{short} (teacher_nve_seconds).")]
+    if not run.summary.stable:
+        return [unstable(MOTION)]
+    if teacher_run is not None:
+        reason = "A run is too short (nve_seconds, teacher_nve_seconds)."
+    elif options.teacher_nve_seconds:
+        reason = "There is no time for a run of the teacher (teacher_nve_seconds)."
+    else:
+        reason = "Switched off (teacher_nve_seconds is 0)."
+    return [LeftOut(name=MOTION, reason=reason)]
 
 
 def _usable(frames: Sequence[Atoms], calculators: dict[str, Any]) -> list[Atoms]:

@@ -29,7 +29,19 @@ from compactmlip.validate.ensemble import (
     compare_ensembles,
 )
 from compactmlip.validate.ladder import RUNGS, STEPS, Ladder, compare_ladders
-from compactmlip.validate.left_out import LeftOut, no_time
+from compactmlip.validate.left_out import (
+    APART,
+    AT_REST,
+    DEFECTS,
+    DENSITY,
+    IN_DYNAMICS,
+    LADDER,
+    PHONONS,
+    THERMOSTAT,
+    LeftOut,
+    no_time,
+    unstable,
+)
 from compactmlip.validate.nve import affordable_steps
 from compactmlip.validate.options import ValidateOptions
 from compactmlip.validate.paired import seconds_per_step
@@ -49,11 +61,6 @@ from compactmlip.validate.thermostat import LONGEST as LONGEST_NVT, WARM_UP, Kin
 from compactmlip.validate.vibration import Vibration, compare_vibrations
 
 T = TypeVar("T")
-
-APART, IN_DYNAMICS = "atoms stay apart", "radial distribution and vibration"
-THERMOSTAT, LADDER, DENSITY = "temperature under a thermostat", "highest temperature", "density (NPT)"
-AT_REST, PHONONS, DEFECTS = "structure at rest, elastic constants", "phonons", "vacancies and surfaces"
-"""What is checked, where it is left out."""
 
 NOT_PERIODIC = "The structure is not periodic in all directions."
 NOT_AT_REST = "There is no periodic structure at rest in both, or no time to find it."
@@ -136,11 +143,11 @@ def physics(setting: Setting, cell: Atoms, *, stable: bool = True) -> Physics:
     crystal, relaxed = _there(rest) or (None, None)
     bands = keep("phonons", lambda: vibrations(setting, relaxed))
     modulus = crystal.teacher.bulk_modulus if crystal and relaxed else None
-    runs = keep("ensembles", lambda: ensembles(setting)) if stable else _unstable(IN_DYNAMICS)
+    runs = keep("ensembles", lambda: ensembles(setting)) if stable else unstable(IN_DYNAMICS)
     structure, vibration = in_dynamics(_there(runs))
-    kinetic = keep("thermostat", lambda: thermostat(setting, cell)) if stable else _unstable(THERMOSTAT)
+    kinetic = keep("thermostat", lambda: thermostat(setting, cell)) if stable else unstable(THERMOSTAT)
     rungs = keep("ladder", lambda: ladder(setting))
-    dense = keep("density", lambda: density(setting, modulus)) if stable else _unstable(DENSITY)
+    dense = keep("density", lambda: density(setting, modulus)) if stable else unstable(DENSITY)
     broken = keep("defects", lambda: defects(setting, relaxed))
     approaches, curves = _there(close) or ((), ())
     phonons, spectra = _there(bands) or (None, None)
@@ -165,10 +172,6 @@ def physics(setting: Setting, cell: Atoms, *, stable: bool = True) -> Physics:
 
 def _there(found: T | LeftOut) -> T | None:
     return None if isinstance(found, LeftOut) else found
-
-
-def _unstable(name: str) -> LeftOut:
-    return LeftOut(name=name, reason="Dynamics at constant energy was not stable.")
 
 
 def _late(name: str, option: str, allowed: float) -> LeftOut:

@@ -30,6 +30,7 @@ from compactmlip.validate import (
 )
 from compactmlip.validate.checks import Check, overall
 from compactmlip.validate.heldout import calmest, heldout_structures, typical
+from compactmlip.validate.left_out import MOTION, LeftOut
 from compactmlip.validate.parity import Labels, labels_of
 from compactmlip.validate.resume import FOLDER
 
@@ -194,6 +195,7 @@ def test_given_labels_are_the_reference(validated, files, tmp_path):
     assert certificate.teacher_parity.energy.mae == pytest.approx(100, abs=0.1)
     assert certificate.teacher_parity.forces.mae == pytest.approx(0, abs=0.1)
     assert certificate.verdict == "fail" and certificate.teacher_nve is None
+    assert LeftOut(name=MOTION, reason="Switched off (teacher_nve_seconds is 0).") in certificate.left_out
     report = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "the teacher against the same reference" in report
 

@@ -127,7 +127,7 @@ def _summary(c: Certificate) -> str:
     parts = [f"{counts['pass']} of {len(c.checks)} checks passed"]
     parts += [f"{counts['warn']} with a warning"] if counts["warn"] else []
     parts += [f"{counts['fail']} failed"] if counts["fail"] else []
-    names = ", ".join(dict.fromkeys(part.name for part in c.left_out))
+    names = c.not_checked
     open_ = f"Not checked, for reasons listed below the verdicts: {names}. " if names else ""
     return ", ".join(parts) + ". " + open_ + ADVICE[c.verdict]
 
