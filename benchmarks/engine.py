@@ -10,6 +10,9 @@ in the file of --cache: an interrupted run continues, and the tables are made of
         --cache engine.jsonl --threads 1 2 --max-seconds 120 --output benchmarks/results/engine.md
     python benchmarks/engine.py ... --cache short.jsonl --models "MACE small" --systems "Si 8" --repeats 3
     python benchmarks/engine.py ... --cache own.jsonl --ours-only --output benchmarks/results/engine_forms.md
+
+Where a calculation of upstream fills the memory, ``--variants upstream64 kernels64 kernels32`` leaves its
+float32 out, which otherwise keeps its own while it waits for its turn.
 """
 
 from __future__ import annotations
@@ -43,7 +46,8 @@ def arguments() -> argparse.Namespace:
     made.add_argument("--cache", type=Path, default=Path("engine.jsonl"), help="results so far (JSON lines)")
     made.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS), metavar="MODEL")
     made.add_argument("--systems", nargs="+", default=list(SYSTEMS), metavar="'KIND ATOMS'")
-    made.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS)
+    every = (*UPSTREAM_DTYPES, *VARIANTS)
+    made.add_argument("--variants", nargs="+", default=list(every), choices=every)
     made.add_argument("--ours-only", action="store_true", help="a table of our own forms, without upstream")
     made.add_argument("--threads", nargs="+", type=int, default=[1])
     made.add_argument("--repeats", type=int, default=7)
@@ -69,7 +73,9 @@ def measure(
         upstream = {"package": model.package, "model": files.upstream(name), "structure": str(path)}
         command = files.upstream_command(model.package)
         try:
-            for key, dtype in UPSTREAM_DTYPES.items() if not options.ours_only else []:
+            for key, dtype in UPSTREAM_DTYPES.items():
+                if key not in options.variants or options.ours_only:
+                    continue
                 run.start(("", key), lambda: Worker(command, threads), dtype=dtype, **upstream, **limits)
             for form in model.forms:
                 _start_ours(run, form, files, (name, set(atoms.symbols)), path, limits, options.variants)
@@ -98,7 +104,8 @@ def _start_ours(
     limits: dict[str, Any],
     variants: list[str],
 ) -> None:
-    for compiled in files.ours(what[0], form, what[1], variants):
+    ours = [variant for variant in VARIANTS if variant in variants]
+    for compiled in files.ours(what[0], form, what[1], ours):
         key = (form.label, compiled.variant)
         start: Callable[[], Worker] = lambda compiled=compiled: compiled.worker(limits["threads"])  # noqa: E731
         run.start(key, start, model=str(compiled.path), structure=str(path), **limits)

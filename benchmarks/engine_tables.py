@@ -43,36 +43,46 @@ def tables(records: Sequence[Record], max_memory: float, max_seconds: float) -> 
     threads = sorted({r["threads"] for r in records})
     for count in threads:
         rows = [row for r in records if r["threads"] == count for row in _rows(r)]
-        text += f"\n## {count} thread{'s' if count > 1 else ''}\n\n" + table(COLUMNS, rows)
+        text += f"\n## {_counted(count)}\n\n" + table(COLUMNS, rows)
     if len(threads) > 1:
         text += f"\n## {threads[-1]} threads over {threads[0]}\n\n" + _scaling(records, threads)
     return text
 
 
 def own_forms(records: Sequence[Record]) -> str:
-    """Our eager, TorchScript and kernel forms beside each other."""
-    variants = ("eager", "torch", "kernels64", "kernels32")
-    rows: list[list[object]] = []
-    for record in records:
-        found = {(c["form"], c["variant"]): c for c in record["calculations"]}
-        for form in dict.fromkeys(label for label, _ in found):
-            of = [found.get((form, variant), {}) for variant in variants]
-            rates = [_rate(record["atoms"], c, "seconds") for c in of]
-            ratios = [_ratio(c, of[3]) for c in of[:3]]
-            memory = [c["memory"] / GB if "seconds" in c else "–" for c in of]
-            rows.append([_name(record["model"], form), record["system"], *rates, *ratios, *memory])
+    """Our eager, TorchScript and kernel forms beside each other, a table for each number of threads."""
+    names = ("eager", "TorchScript", "kernels float64", "kernels float32")
+    columns = ("model", "system", *names, *(f"kernels float32 / {n}" for n in names[:3]))
     repeats = sorted({r["repeats"] for r in records})
     text = header("Our forms of each model", "python benchmarks/engine.py --ours-only")
     text += (
-        "\nAtoms per second of energies and forces, one thread, medians of "
+        "\nAtoms per second of energies and forces, medians of "
         f"{' or '.join(map(str, repeats))}, calculations in turn, each in a process of its own; and its peak "
         "memory. 'eager' is the native model with our kernels where it has some, 'TorchScript' the deployed "
         "file without kernels (`compile --backend torch`), both in float32. The models are those of "
-        "engine.md.\n\n"
+        "engine.md.\n"
     )
-    names = ("eager", "TorchScript", "kernels float64", "kernels float32")
-    columns = ("model", "system", *names, *(f"kernels float32 / {n}" for n in names[:3]))
-    return text + table((*columns, *(f"GB {n}" for n in names)), rows)
+    for threads in sorted({r["threads"] for r in records}):
+        rows = [row for r in records if r["threads"] == threads for row in _forms(r)]
+        text += f"\n## {_counted(threads)}\n\n" + table((*columns, *(f"GB {n}" for n in names)), rows)
+    return text
+
+
+def _forms(record: Record) -> list[list[object]]:
+    """Rows of one model and structure."""
+    found = {(c["form"], c["variant"]): c for c in record["calculations"]}
+    rows: list[list[object]] = []
+    for form in dict.fromkeys(label for label, _ in found):
+        of = [found.get((form, variant), {}) for variant in ("eager", "torch", "kernels64", "kernels32")]
+        rates = [_rate(record["atoms"], c, "seconds") for c in of]
+        ratios = [_ratio(c, of[3]) for c in of[:3]]
+        memory = [c["memory"] / GB if "seconds" in c else "–" for c in of]
+        rows.append([_name(record["model"], form), record["system"], *rates, *ratios, *memory])
+    return rows
+
+
+def _counted(threads: int) -> str:
+    return f"{threads} thread{'s' if threads > 1 else ''}"
 
 
 def explanation(records: Sequence[Record], max_memory: float, max_seconds: float) -> str:

@@ -87,11 +87,11 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=Path("electrolyte-model/model.pt"))
     parser.add_argument("-o", "--output", type=Path, default=Path("electrolyte"))
     parser.add_argument("--temperatures", type=float, nargs="+", default=[800.0, 1000.0, 1200.0])
-    parser.add_argument("--picoseconds", type=float, default=50.0)
+    parser.add_argument("--picoseconds", type=float, default=100.0)
     parser.add_argument("--smoke", action="store_true", help="small cell, 1 ps, one temperature: for tests")
     parser.add_argument("--write", type=Path, help="only write the structure to this file")
     options = parser.parse_args()
-    atoms = electrolyte(*((2, 1) if options.smoke else (3, 2)))
+    atoms = electrolyte(*((2, 1) if options.smoke else (3, 4)))
     if options.write:
         atoms.write(options.write)
         return
