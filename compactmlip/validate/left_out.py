@@ -64,11 +64,18 @@ def _short_ladder(found: Any) -> str:
     return f"{held} when the time was over (ladder_seconds)."
 
 
+def _at_rest(found: Any) -> str:
+    if found.teacher.relaxed:
+        return ""
+    return "The teacher's structure did not come to rest within the steps allowed (a liquid's hardly does)."
+
+
 def _sampling(found: Any) -> str:
     return f"The teacher's own run ended: {found.teacher_failure}" if found.teacher_failure else ""
 
 
 UNJUDGED: dict[str, tuple[str, Callable[[Any], str]]] = {
+    "crystal": (AT_REST, _at_rest),
     "sampling": (IN_DYNAMICS, _sampling),
     "thermostat": (THERMOSTAT, _short_thermostat),
     "density": (DENSITY, _density),

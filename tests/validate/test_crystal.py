@@ -23,6 +23,7 @@ from compactmlip.validate.crystal import (
     elastic_constants,
     relax,
 )
+from compactmlip.validate.left_out import AT_REST, UNJUDGED, unjudged
 from compactmlip.validate.report import build_report
 
 SIGMA, EPSILON = 3.4, 0.0104
@@ -123,7 +124,11 @@ def _names(model: Crystal, teacher: Crystal) -> dict[str, str]:
 def test_what_cannot_be_judged() -> None:
     assert crystal_checks(None, Thresholds()) == []
     assert _names(_crystal(relaxed=False), _crystal()) == {"structure at rest": "fail"}
-    assert _names(_crystal(), _crystal(relaxed=False)) == {"structure at rest": "warn"}
+    for model in (_crystal(), _crystal(relaxed=False)):
+        found = CrystalComparison(model=model, teacher=_crystal(relaxed=False), displacement=0.0)
+        assert crystal_checks(found, Thresholds()) == []
+        (left_out,) = unjudged(dict.fromkeys(UNJUDGED) | {"crystal": found}, dict.fromkeys(UNJUDGED, ()))
+        assert left_out.name == AT_REST and "teacher's structure did not come to rest" in left_out.reason
     assert _names(_crystal(bulk_modulus=float("nan")), _crystal())["bulk modulus"] == "fail"
     soft = tuple(tuple(float((-5 if i == 5 else 100) * (i == j)) for j in range(6)) for i in range(6))
     assert _names(_crystal(elastic=soft), _crystal())["elastic stability"] == "fail"
