@@ -13,9 +13,10 @@ from ase import Atoms
 from pydantic import BaseModel, ConfigDict
 
 from compactmlip.checkpoint import sha256
-from compactmlip.deploy.archive import Deployment
+from compactmlip.deploy.archive import Deployment, inspect
 from compactmlip.errors import CompactMLIPError, InputError, KernelError
 from compactmlip.lammps.evaluate import LammpsRun
+from compactmlip.validate.left_out import ENGINES, LAMMPS, PLAIN, LeftOut
 from compactmlip.validate.parity import MILLI
 
 
@@ -50,6 +51,47 @@ class EngineParity(BaseModel):
     def unexplained(self) -> float:
         """Difference of the forces beyond that of tables, meV/Angstrom."""
         return max(0.0, self.forces - self.tables)
+
+
+def compare_deployed(
+    model: Path, calculator: Any, atoms: Atoms, source: str | Path | None
+) -> tuple[tuple[EngineParity, ...], list[LeftOut]]:
+    """Compare a deployed file with its checkpoint in plain PyTorch, and in LAMMPS, where each can be done.
+
+    Parameters
+    ----------
+    model
+        The file that is validated.
+    calculator
+        Its ASE calculator.
+    atoms
+        The structure; it is not changed.
+    source
+        The checkpoint from which the file was made, None where it was not given.
+
+    Returns
+    -------
+    tuple
+        What was compared, and what was not with the reason.
+    """
+    if model.suffix not in (".pt", ".pt2"):
+        return (), [LeftOut(name=ENGINES, reason="The model is a checkpoint, not a deployed file.")]
+    deployment = inspect(model)[1]
+    plain = compare_plain(source, deployment, calculator, atoms) if source else ()
+    left_out = []
+    if not source:
+        left_out.append(LeftOut(name=PLAIN, reason="The checkpoint was not given (--checkpoint)."))
+    elif not plain:
+        reason = f"The file is of reduced precision ({deployment.precision})."
+        left_out.append(LeftOut(name=PLAIN, reason=reason))
+    if deployment.backend != "kernels":
+        reason = f"The file's backend is {deployment.backend}, not kernels."
+        return plain, [*left_out, LeftOut(name=LAMMPS, reason=reason)]
+    lammps = compare_engines(model, calculator, atoms)
+    if not lammps:
+        reason = "LAMMPS or its plugin was not found (compactmlip build)."
+        left_out.append(LeftOut(name=LAMMPS, reason=reason))
+    return (*plain, *lammps), left_out
 
 
 def compare_plain(

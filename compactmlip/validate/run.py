@@ -39,10 +39,10 @@ from compactmlip.validate.checks_dynamics import (
 )
 from compactmlip.validate.consistency import check_consistency
 from compactmlip.validate.cutoff import cutoff_step
-from compactmlip.validate.engines import EngineParity, compare_engines, compare_plain
+from compactmlip.validate.engines import compare_deployed
 from compactmlip.validate.environment import errors_by_environment
 from compactmlip.validate.heldout import calmest, heldout_structures, typical
-from compactmlip.validate.left_out import ENGINES, LAMMPS, MOTION, PLAIN, LeftOut, unjudged, unstable
+from compactmlip.validate.left_out import MOTION, LeftOut, unjudged, unstable
 from compactmlip.validate.making import read_making
 from compactmlip.validate.motion import compare_motion
 from compactmlip.validate.nve import SAMPLE_EVERY, NVEResult
@@ -164,7 +164,8 @@ def validate(
     present = {symbol for atoms in heldout for symbol in atoms.get_chemical_symbols()}
     ends = cutoff_step(calculators["model"], sorted(present), calculators["model"].spec.cutoff)
     engines, alone = parts.of(
-        "engines", lambda: _engines(paths["model"], calculators["model"], start, source)
+        "engines",
+        lambda: compare_deployed(paths["model"], calculators["model"], near_size(start, SMALL_CELL), source),
     )
     measured: dict[str, Any] = {
         "parity": errors,
@@ -320,33 +321,3 @@ def _same_engine(paths: dict[str, Path], calculators: dict[str, Any]) -> Iterato
             yield calculators
             return
         yield {**calculators, "teacher": _calculator(compiled, "cpu")}
-
-
-def _engines(
-    model: Path, calculator: Any, start: Atoms, source: str | Path | None
-) -> tuple[tuple[EngineParity, ...], list[LeftOut]]:
-    """Compare the checkpoint in plain PyTorch, and LAMMPS where it can run the file on several processes."""
-    from compactmlip.deploy.archive import inspect
-
-    if model.suffix not in (".pt", ".pt2"):
-        return (), [LeftOut(name=ENGINES, reason="The model is a checkpoint, not a deployed file.")]
-    deployment, cell = inspect(model)[1], near_size(start, SMALL_CELL)
-    plain = compare_plain(source, deployment, calculator, cell) if source else ()
-    left_out = []
-    if not source:
-        left_out.append(LeftOut(name=PLAIN, reason="The checkpoint was not given (--checkpoint)."))
-    elif not plain:
-        left_out.append(
-            LeftOut(name=PLAIN, reason=f"The file is of reduced precision ({deployment.precision}).")
-        )
-    if deployment.backend != "kernels":
-        left_out.append(
-            LeftOut(name=LAMMPS, reason=f"The file's backend is {deployment.backend}, not kernels.")
-        )
-        return plain, left_out
-    lammps = compare_engines(model, calculator, cell)
-    if not lammps:
-        left_out.append(
-            LeftOut(name=LAMMPS, reason="LAMMPS or its plugin was not found (compactmlip build).")
-        )
-    return (*plain, *lammps), left_out
