@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from common import header, table
-from process import GB
+from process import GB, TURN_SECONDS
 
 COLUMNS = (
     "model",
@@ -106,7 +106,8 @@ def explanation(records: Sequence[Record], max_memory: float, max_seconds: float
     ]
     text = (
         f"\nAtoms per second of energies and forces with the neighbour list made before, medians of "
-        f"{' or '.join(map(str, repeats))}, calculations in turn, each in a process of its own; GB: its peak "
+        f"{' or '.join(map(str, repeats))}, calculations in turn (of a turn of {TURN_SECONDS:g} s or "
+        "more the median counts), each in a process of its own; GB: its peak "
         f"memory (loaded and before the first calculation {_start(records, True)} GB upstream and "
         f"{_start(records, False)} ours). 'Whole step' is `atoms.get_forces()` after moving the atoms, "
         "neighbour list and stress included, measured after the others. GOMP_SPINCOUNT is 1000 for all. "

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import statistics
 import warnings
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from common import Evaluation, read_structure
-from process import limit_memory, peak_memory, serve, timed
+from process import TURN_SECONDS, limit_memory, peak_memory, serve, sustained, timed
 
 from compactmlip import CompactMLIPCalculator
 
@@ -33,16 +32,13 @@ class Calculation:
         return {"memory_before": peak_memory(), "edges": len(self.graph.centers)}
 
     def run(self) -> dict[str, Any]:
-        found, times = timed(lambda: self.evaluation(self.graph))
+        found, times = sustained(lambda: self.evaluation(self.graph), TURN_SECONDS)
         self.forces = found.forces
         return dict(times)
 
     def sustain(self, seconds: float) -> dict[str, Any]:
         """Median of as many calculations as end within ``seconds``, at least three."""
-        found: list[dict[str, float]] = []
-        while len(found) < 3 or sum(t["seconds"] for t in found) < seconds:
-            found.append(timed(lambda: self.evaluation(self.graph))[1])
-        return {key: statistics.median(t[key] for t in found) for key in found[0]}
+        return dict(sustained(lambda: self.evaluation(self.graph), seconds, least=3)[1])
 
     def pin(self, processors: list[int]) -> dict[str, Any]:
         """Stay on these processors from now on (threads that exist stay where they are)."""

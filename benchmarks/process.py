@@ -10,6 +10,7 @@ import json
 import os
 import resource
 import select
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -19,6 +20,9 @@ from pathlib import Path
 from typing import Any
 
 GB = 1e9
+
+TURN_SECONDS = 0.2
+"""What a turn lasts at least."""
 
 
 class WorkerFailed(Exception):
@@ -65,6 +69,19 @@ def timed(function: Callable[[], Any]) -> tuple[Any, dict[str, float]]:
         "seconds": time.perf_counter() - clock,
         "processor_seconds": time.process_time() - processor,
     }
+
+
+def sustained(function: Callable[[], Any], seconds: float, least: int = 1) -> tuple[Any, dict[str, float]]:
+    """Last result and median times of as many calls as end within ``seconds``, at least ``least``.
+
+    A single call of some milliseconds after a pause would measure how threads wake up.
+    """
+    found: list[dict[str, float]] = []
+    result = None
+    while len(found) < least or sum(t["seconds"] for t in found) < seconds:
+        result, times = timed(function)
+        found.append(times)
+    return result, {key: statistics.median(t[key] for t in found) for key in found[0]}
 
 
 def serve(handlers: Mapping[str, Callable[..., dict[str, Any]]]) -> None:

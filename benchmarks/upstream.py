@@ -9,6 +9,7 @@ import os
 
 os.environ.setdefault("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
 
+import statistics
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -17,7 +18,7 @@ import numpy as np
 import torch
 from ase import Atoms
 from ase.build import bulk
-from process import limit_memory, peak_memory, serve, timed
+from process import TURN_SECONDS, limit_memory, peak_memory, serve, timed
 from torch import Tensor, nn
 
 TYPICAL_FORCE = 0.5
@@ -153,16 +154,21 @@ class Calculation:
         return {"memory_before": peak_memory()}
 
     def run(self) -> dict[str, Any]:
-        calculate = self.prepare()
+        # A calculation may need a copy of the graph, which is no part of it: one is prepared for each.
+        found: list[dict[str, float]] = []
+        while sum(t["seconds"] for t in found) < TURN_SECONDS:
+            self.forces, times = timed(self._finished(self.prepare()))
+            found.append(times)
+        return {key: statistics.median(t[key] for t in found) for key in found[0]}
 
+    def _finished(self, calculate: Callable[[], Tensor]) -> Callable[[], Tensor]:
         def finished() -> Tensor:
             forces = calculate()
             if self.on_gpu:
                 torch.cuda.synchronize()
             return forces
 
-        self.forces, times = timed(finished)
-        return dict(times)
+        return finished
 
     def finish(self, forces: str) -> dict[str, Any]:
         np.save(forces, self.forces.double().cpu().numpy())
