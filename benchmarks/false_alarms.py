@@ -273,10 +273,14 @@ def main() -> None:
         found = (density_study if options.density_only else study)(system, options.runs, options.factor)
         for into, part in zip((same, different, together, by_energy), found, strict=False):
             into += part
+    others = (
+        f"{RUNS} runs with a thermostat (liquid argon 200 steps each, MgO 100), for radial distributions and "
+        f"amplitudes; {argon().steps} steps at constant energy, as many with a thermostat for the kinetic "
+        "energy, "
+    )
     text += (
-        f"\n{options.runs} times for each system, with seeds of their own: {RUNS} runs with a thermostat "
-        "(liquid argon 200 steps each, MgO 100), for radial distributions and amplitudes; "
-        f"{argon().steps} steps at constant energy, as many with a thermostat for the kinetic energy, "
+        f"\n{options.runs} times for each system, with seeds of their own: "
+        f"{'' if options.density_only else others}"
         f"{NPT_RUNS} runs of {NPT_STEPS} steps at constant pressure. Pairs share runs, so that shares are "
         "right on average but scatter more than so many independent pairs would.\n\n"
     )
@@ -285,8 +289,10 @@ def main() -> None:
     text += table(COLUMNS, different)
     text += "\nWith the same random numbers in both, as `validate` has them:\n\n"
     text += table(COLUMNS, together)
-    text += "\nWhere the true potential only tells energies of states of the other one's runs:\n\n"
-    report(text + table(COLUMNS, by_energy), options.output)
+    if by_energy:
+        text += "\nWhere the true potential only tells energies of states of the other one's runs:\n\n"
+        text += table(COLUMNS, by_energy)
+    report(text, options.output)
 
 
 if __name__ == "__main__":
