@@ -113,7 +113,7 @@ def test_electrolyte(tiny: Any, tmp_path: Path, monkeypatch: Any, capsys: Any) -
     run(monkeypatch, "electrolyte", "--write", tmp_path / "start.xyz")
     start = ase.io.read(tmp_path / "start.xyz")
     counts = {s: start.get_chemical_symbols().count(s) for s in ("Li", "O", "Cl")}
-    assert counts == {"Li": 79, "O": 27, "Cl": 25}
+    assert counts == {"Li": 77, "O": 27, "Cl": 23}
     lengths = start.get_all_distances(mic=True)[np.triu_indices(len(start), 1)]
     assert lengths.min() == pytest.approx(3.91 / 2, abs=1e-6)  # Li-O
     run(monkeypatch, "electrolyte", "--smoke", "--model", tiny("Li", "O", "Cl"), "-o", tmp_path)
