@@ -148,9 +148,13 @@ def test_activation_energy() -> None:
 
     functions = runpy.run_path(str(RECIPES / "electrolyte" / "run.py"))
     rows = [
-        {"kind": "diffuses", "measured_K": t, "D": 3 * np.exp(-0.25 / kB / t)} for t in (600.0, 900.0, 1300.0)
+        {"kind": "diffuses", "measured_K": t, "D": d, "D_error": 0.1 * d}
+        for t in (600.0, 900.0, 1300.0)
+        for d in [3 * np.exp(-0.25 / kB / t)]
     ]
     rows.append({"kind": "undecided", "measured_K": 300.0, "D": 1.0})
-    energy, prefactor = functions["arrhenius"](rows)
+    energy, error, prefactor = functions["arrhenius"](rows)
     assert energy == pytest.approx(0.25) and prefactor == pytest.approx(3)
+    inverse = np.array([1 / (kB * row["measured_K"]) for row in rows[:3]])
+    assert error == pytest.approx(0.1 / np.sqrt(3 * inverse.var()))  # of a line through equal errors
     assert functions["arrhenius"](rows[-2:]) is None

@@ -53,14 +53,16 @@ def diffusion(calculator: Any, atoms: Atoms, temperature_K: float, steps: int) -
     return motion(positions, interval, distance=2.0), run.summary.mean_temperature_K, curve
 
 
-def arrhenius(rows: list[dict[str, Any]]) -> tuple[float, float] | None:
-    """Activation energy (eV) and prefactor (10^-5 cm^2/s), where at least two temperatures have a D."""
+def arrhenius(rows: list[dict[str, Any]]) -> tuple[float, float, float] | None:
+    """Activation energy, its error (eV), prefactor (10^-5 cm^2/s), of two temperatures or more with a D."""
     known = [row for row in rows if row["kind"] == "diffuses"]
     if len(known) < 2:
         return None
     inverse = [1 / (units.kB * row["measured_K"]) for row in known]
-    slope, intercept = np.polyfit(inverse, np.log([row["D"] for row in known]), 1)
-    return float(-slope), float(np.exp(intercept))
+    weights = [row["D"] / row["D_error"] for row in known]  # one over the error of the logarithm
+    logarithms = np.log([row["D"] for row in known])
+    (slope, intercept), covariance = np.polyfit(inverse, logarithms, 1, w=weights, cov="unscaled")
+    return float(-slope), float(covariance[0, 0] ** 0.5), float(np.exp(intercept))
 
 
 def picture(rows: list[dict[str, Any]], curves: list[Any], path: Path) -> None:
@@ -111,7 +113,7 @@ def main() -> None:
         )
     fit = arrhenius(rows)
     if fit:
-        print(f"activation energy {fit[0]:.3f} eV")
+        print(f"activation energy {fit[0]:.2f} +- {fit[1]:.2g} eV")
     options.output.mkdir(parents=True, exist_ok=True)
     text = json.dumps({"atoms": len(atoms), "rows": rows, "arrhenius": fit}, indent=1)
     (options.output / "results.json").write_text(text + "\n")
