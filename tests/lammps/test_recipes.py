@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import runpy
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +46,24 @@ def test_nvt_rdf(lammps: Lammps, models: Any, tmp_path: Path) -> None:
     r, mg_mg, mg_o = table[-120:, 1], table[-120:, 2], table[-120:, 4]
     assert r[mg_o.argmax()] == pytest.approx(4.21 / 2, abs=0.2)
     assert r[(mg_mg * (r < 3.6)).argmax()] == pytest.approx(4.21 / np.sqrt(2), abs=0.2)
+
+
+def test_picture(lammps: Lammps, models: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def plot(log: str) -> None:
+        monkeypatch.setattr(sys, "argv", ["plot.py", "--nve", log])
+        runpy.run_path(str(RECIPES / "plot.py"), run_name="__main__")
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rdf.txt").write_text("# Time-averaged data\n")
+    with pytest.raises(SystemExit, match=r"rdf\.txt has no average"):
+        plot("nve.log")
+    output(lammps, tmp_path, "nvt-rdf.in", models("trusted", dtype="float32"), steps=40, temperature=300)
+    (tmp_path / "nvt.log").write_bytes((tmp_path / "log.lammps").read_bytes())
+    output(lammps, tmp_path, "nve.in", models("mace", dtype="float32"), steps=40)
+    with pytest.raises(SystemExit, match=r"is it the log of nve\.in"):
+        plot("nvt.log")
+    plot("log.lammps")
+    assert (tmp_path / "lammps.png").stat().st_size > 5000
 
 
 def test_npt_density(lammps: Lammps, models: Any, tmp_path: Path) -> None:
