@@ -40,8 +40,8 @@ def main() -> None:
     found, (times, total) = distributions(options.rdf), energies(options.nve)
     figure = Figure(figsize=(7.5, 3.2), layout="constrained")
     left, right = figure.subplots(1, 2)
-    for name, function in zip(PAIRS, found.T[1:], strict=True):
-        left.plot(found[:, 0], function, label=name)
+    for name, function, style in zip(PAIRS, found.T[1:], ("-", "-", "--"), strict=True):
+        left.plot(found[:, 0], function, style, label=name)  # both like pairs are alike in rock salt
     left.set_xlabel("distance (Å)")
     left.set_ylabel("g(r)")
     left.legend()
