@@ -161,6 +161,29 @@ def test_verdict_on_forces_is_relative_to_their_size(error, verdict):
         assert checks["force"].value is None
 
 
+class Swapped(EMT):  # type: ignore[misc]
+    """EMT that takes copper for gold and gold for copper."""
+
+    def calculate(self, atoms: Any = None, properties: Any = ("energy",), changes: Any = all_changes) -> None:
+        exchanged = atoms.copy()
+        exchanged.numbers = np.where(atoms.numbers == 29, 79, 29)
+        super().calculate(exchanged, properties, changes)
+
+
+def test_swapped_species_are_caught():
+    frames = [bulk("Cu", cubic=True, a=3.8) for _ in range(3)]
+    for k, atoms in enumerate(frames):
+        atoms.symbols[k] = "Au"
+        atoms.rattle(0.1, seed=k)
+    true, swapped = (evaluate_frames(calculator, frames) for calculator in (EMT(), Swapped()))
+    verdicts = {
+        c.name.split()[0]: c.verdict for c in parity_checks(parity(frames, true, swapped), Thresholds())
+    }
+    assert verdicts == {"energy": "fail", "force": "fail", "stress": "fail"}
+    same = parity_checks(parity(frames, true, true), Thresholds())
+    assert {c.verdict for c in same} == {"pass"}
+
+
 class Wrong(EMT):  # type: ignore[misc]
     """EMT with one thing broken."""
 
