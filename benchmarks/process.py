@@ -71,15 +71,18 @@ def timed(function: Callable[[], Any]) -> tuple[Any, dict[str, float]]:
     }
 
 
-def sustained(function: Callable[[], Any], seconds: float, least: int = 1) -> tuple[Any, dict[str, float]]:
+def sustained(
+    prepare: Callable[[], Callable[[], Any]], seconds: float, least: int = 1
+) -> tuple[Any, dict[str, float]]:
     """Last result and median times of as many calls as end within ``seconds``, at least ``least``.
 
-    A single call of some milliseconds after a pause would measure how threads wake up.
+    A single call of some milliseconds after a pause would measure how threads wake up.  What ``prepare`` does
+    for each call is not counted.
     """
     found: list[dict[str, float]] = []
     result = None
     while len(found) < least or sum(t["seconds"] for t in found) < seconds:
-        result, times = timed(function)
+        result, times = timed(prepare())
         found.append(times)
     return result, {key: statistics.median(t[key] for t in found) for key in found[0]}
 

@@ -9,7 +9,6 @@ import os
 
 os.environ.setdefault("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
 
-import statistics
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -18,7 +17,7 @@ import numpy as np
 import torch
 from ase import Atoms
 from ase.build import bulk
-from process import TURN_SECONDS, limit_memory, peak_memory, serve, timed
+from process import TURN_SECONDS, limit_memory, peak_memory, serve, sustained
 from torch import Tensor, nn
 
 TYPICAL_FORCE = 0.5
@@ -154,12 +153,9 @@ class Calculation:
         return {"memory_before": peak_memory()}
 
     def run(self) -> dict[str, Any]:
-        # A calculation may need a copy of the graph, which is no part of it: one is prepared for each.
-        found: list[dict[str, float]] = []
-        while sum(t["seconds"] for t in found) < TURN_SECONDS:
-            self.forces, times = timed(self._finished(self.prepare()))
-            found.append(times)
-        return {key: statistics.median(t[key] for t in found) for key in found[0]}
+        # A calculation may need a copy of the graph, which is no part of it.
+        self.forces, times = sustained(lambda: self._finished(self.prepare()), TURN_SECONDS)
+        return dict(times)
 
     def _finished(self, calculate: Callable[[], Tensor]) -> Callable[[], Tensor]:
         def finished() -> Tensor:
