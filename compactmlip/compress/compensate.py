@@ -3,6 +3,7 @@
 Stage by stage through the network, each sum of linear maps of the pruned model is fitted by ridge
 least squares to what the original computes there (before the activation), from the inputs that the
 pruned model really sees.  Errors of earlier stages are thereby corrected as far as later weights can.
+Values and slopes are fitted together, on displaced copies (:mod:`compactmlip.compress.mirror`).
 The penalty pulls towards the sliced weights and its strength is chosen per stage and order on
 held-out structures; "no change" is always among the choices.
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +21,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from compactmlip.channels import Mask
-from compactmlip.compress.refit import StageFit, refit
+from compactmlip.compress.mirror import Pairs
+from compactmlip.compress.refit import StageFit, refit, stage_outputs
 from compactmlip.data.graph import (
     MAX_EDGES,
     Derivatives,
@@ -30,12 +33,20 @@ from compactmlip.data.graph import (
 )
 from compactmlip.errors import InputError
 from compactmlip.models import channel_graph, model_device, model_dtype, model_spec
+from compactmlip.models.stages import Features
 
 DAMPINGS = (1.0, 10.0, 100.0, 1000.0)
 """Factors on the chosen penalties, tried in turn until the held-out errors stop falling."""
 
 CHECK_ATOMS = 500
 """Energies and forces are checked on held-out folds of at least so many atoms: all folds of a small set."""
+
+PAIR_ATOMS, MOST_DIRECTIONS = 2000, 4
+"""So many pairs of displaced copies are made of each structure that they have about this many atoms, between
+one pair and the largest number.  A small set gains from the second to the fourth: each shows other slopes."""
+
+KEPT_BYTES = 1_000_000_000
+"""What the original computes is kept for all trials if it needs no more memory, else computed for each."""
 
 
 @dataclass(frozen=True)
@@ -123,18 +134,21 @@ def compensate(
     if model_spec(pruned).species != model_spec(original).species:
         raise InputError("compensation needs both models for the same species: cut species before channels.")
     folds = split_folds(len(graphs), groups, num_folds, seed)
-    columns = kept_columns(original, masks)
-    data = _fold_batches(graphs, folds, max_edges, pruned)
-    held_out = _folds_to_check(data)
-    check = [(batch, fold) for batch, fold in data if fold in held_out]
+    parts = {int(f): [g for g, k in zip(graphs, folds, strict=True) if k == f] for f in np.unique(folds)}
+    where = model_device(pruned), model_dtype(pruned)
+    check = [
+        (collate([parts[fold][k] for k in indices]).to(*where), fold)
+        for fold in _folds_to_check(parts)
+        for indices in batches_by_edges(parts[fold], max_edges)
+    ]
     wanted = [energy_and_derivatives(original, batch) for batch, _ in check]
     before = after = _errors([pruned] * len(check), check, wanted)
+    refits = _Refits(original, masks, _displaced(parts, max_edges, seed, where))
     best: float | None = None
     for damping in DAMPINGS:
-        models = {fold: copy.deepcopy(pruned) for fold in held_out}
+        models = {fold: copy.deepcopy(pruned) for _, fold in check}
         for fold, model in models.items():
-            rest = [(batch, f) for batch, f in data if f != fold]
-            refit(model, original, columns, rest, damping, title="compensation, trial", progress=progress)
+            refits.run(model, damping, "compensation, trial", progress, without=fold)
         found = _errors([models[fold] for _, fold in check], check, wanted)
         if _is_better(found, after):
             best, after = damping, found
@@ -143,19 +157,69 @@ def compensate(
     if best is None:
         return Compensation(pruned, None, before, before, ())
     model = copy.deepcopy(pruned)
-    fits = refit(model, original, columns, data, best, title="compensation", progress=progress)
+    fits = refits.run(model, best, "compensation", progress)
     return Compensation(model, best, before, after, tuple(fits))
 
 
-def _folds_to_check(data: Sequence[tuple[GraphBatch, int]]) -> list[int]:
+def _displaced(
+    parts: Mapping[int, Sequence[GraphBatch]],
+    max_edges: int,
+    seed: int,
+    where: tuple[torch.device, torch.dtype],
+) -> list[tuple[GraphBatch, int]]:
+    """Batches of mirrored pairs with the folds that they belong to."""
+    atoms = sum(len(graph.species) for part in parts.values() for graph in part)
+    directions = min(max(round(PAIR_ATOMS / (2 * atoms)), 1), MOST_DIRECTIONS)
+    seeds = np.random.SeedSequence(seed).generate_state(directions * len(parts)).tolist()
+    return [
+        (batch.to(*where), fold)
+        for fold, part in parts.items()
+        for _ in range(directions)
+        for batch in Pairs().batches(part, max_edges, seeds.pop())
+    ]
+
+
+class _Refits:
+    """Refits of copies of one pruned model on all batches, or without those of one fold."""
+
+    def __init__(
+        self, original: nn.Module, masks: Mapping[str, Mask], data: Sequence[tuple[GraphBatch, int]]
+    ) -> None:
+        self.original, self.data = original, data
+        self.columns = kept_columns(original, masks)
+        self.outputs = self._outputs()
+
+    def _outputs(self) -> list[list[Features]] | None:
+        """What the original computes at each stage for each batch, unless that takes too much memory."""
+        kept: list[list[Features]] = []
+        size = 0
+        for stage in stage_outputs(self.original, [batch for batch, _ in self.data]):
+            size += sum(x.nbytes for features in stage for x in features if x is not None)
+            if size > KEPT_BYTES:
+                return None
+            kept.append(stage)
+        return kept
+
+    def run(
+        self, model: nn.Module, damping: float, title: str, progress: bool, without: int | None = None
+    ) -> list[StageFit]:
+        """Refit a model in place."""
+        chosen = [k for k, (_, fold) in enumerate(self.data) if fold != without]
+        known = None if self.outputs is None else [[stage[k] for k in chosen] for stage in self.outputs]
+        data = [self.data[k] for k in chosen]
+        options: dict[str, Any] = {"pairs": Pairs(), "known": known, "title": title, "progress": progress}
+        return refit(model, self.original, self.columns, data, damping, **options)
+
+
+def _folds_to_check(parts: Mapping[int, Sequence[GraphBatch]]) -> list[int]:
     """First folds that hold enough atoms together."""
     chosen: list[int] = []
     atoms = 0
-    for fold in sorted({fold for _, fold in data}):
+    for fold in sorted(parts):
         if atoms >= CHECK_ATOMS:
             break
         chosen.append(fold)
-        atoms += sum(len(batch.species) for batch, f in data if f == fold)
+        atoms += sum(len(graph.species) for graph in parts[fold])
     return chosen
 
 
@@ -163,19 +227,6 @@ def _is_better(new: HeldOutError, old: HeldOutError) -> bool:
     """Whether neither error rises and their product falls."""
     risen = new.energy > old.energy or new.forces > old.forces
     return not risen and new.energy * new.forces < old.energy * old.forces
-
-
-def _fold_batches(
-    graphs: Sequence[GraphBatch], folds: NDArray[np.int64], max_edges: int, model: nn.Module
-) -> list[tuple[GraphBatch, int]]:
-    """Batches that hold structures of one fold each, where and how the model computes."""
-    device, dtype = model_device(model), model_dtype(model)
-    data = []
-    for fold in np.unique(folds):
-        part = [g for g, f in zip(graphs, folds, strict=True) if f == fold]
-        for indices in batches_by_edges(part, max_edges):
-            data.append((collate([part[k] for k in indices]).to(device, dtype), int(fold)))
-    return data
 
 
 def kept_columns(original: nn.Module, masks: Mapping[str, Mask]) -> dict[str, Tensor]:

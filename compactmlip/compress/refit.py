@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from compactmlip.compress.mirror import Pairs
 from compactmlip.compress.ridge import Chunk, NormalEquations, choose_ridge
 from compactmlip.data.graph import GraphBatch
 from compactmlip.models import linear_stages, model_spec, start_state
@@ -36,7 +37,8 @@ class StageFit:
     ridge
         Penalty chosen on held-out structures; None means that the weights were left alone.
     before, after
-        RMS deviation from the original on held-out structures, relative to the RMS of the target.
+        RMS deviation from the original on held-out structures, relative to the RMS of the target; of
+        values and weighted slopes together where pairs were fitted.
     """
 
     stage: str
@@ -54,6 +56,7 @@ def refit(
     data: Sequence[tuple[GraphBatch, int]],
     damping: float,
     *,
+    pairs: Pairs | None = None,
     known: Sequence[Sequence[Features]] | None = None,
     title: str = "refit",
     progress: bool = False,
@@ -70,6 +73,9 @@ def refit(
         Batches and the fold of the cross-validation that each belongs to.
     damping
         Factor on the penalties that are chosen.
+    pairs
+        Given if the batches are mirrored pairs (:mod:`compactmlip.compress.mirror`): values and slopes are
+        fitted instead of values alone.
     known
         What the teacher computes (:func:`stage_outputs`), if several students are fitted to it.
     """
@@ -81,7 +87,7 @@ def refit(
     outputs = stage_outputs(teacher, batches) if known is None else known
     with Track(title, len(stages), "stages", enabled=progress) as track:
         for stage, targets in zip(stages, outputs, strict=True):
-            fits += refit_stage(stage, students, targets, columns, data, damping, num_species)
+            fits += refit_stage(stage, students, targets, columns, data, damping, num_species, pairs)
             students = [stage.advance(s, stage.evaluate(s)) for s in students]
             track.advance(1)
     return fits
@@ -105,6 +111,7 @@ def refit_stage(
     data: Sequence[tuple[GraphBatch, int]],
     damping: float,
     num_species: int,
+    pairs: Pairs | None = None,
 ) -> list[StageFit]:
     """Fit one stage, in place, given its states and what the teacher computes, for each batch."""
     if len({fold for _, fold in data}) < 2:
@@ -117,7 +124,7 @@ def refit_stage(
             _sample(fit, kept, state, target, current, batch, fold)
             for state, target, current, (batch, fold) in zip(states, targets, currents, data, strict=True)
         ]
-        problem = _Problem(fit, samples)
+        problem = _Problem(fit, samples, pairs)
         if not problem.species:
             continue
         choice = choose_ridge(problem.chunks(), damping)
@@ -162,8 +169,8 @@ class _Problem:
     Species that are rare in the samples are left out: their weights stay.
     """
 
-    def __init__(self, fit: Fit[Any], samples: Sequence[_Sample]) -> None:
-        self.fit, self.samples = fit, samples
+    def __init__(self, fit: Fit[Any], samples: Sequence[_Sample], pairs: Pairs | None) -> None:
+        self.fit, self.samples, self.pairs = fit, samples, pairs
         self.species = self._seen_often(samples)
         self.folds = list(dict.fromkeys(sample.fold for sample in samples))
         self.num_inputs = fit.design(samples[0].state).shape[2]
@@ -180,8 +187,10 @@ class _Problem:
             for z, nodes in sample.nodes.items():
                 assert nodes is not None
                 rows[z] = rows.get(z, 0) + len(nodes) * sample.goal.shape[1]
-        inputs = self.fit.design(samples[0].state).shape[2]
-        return sorted(z for z, count in rows.items() if count >= ROWS_PER_INPUT * inputs)
+        least = ROWS_PER_INPUT * self.fit.design(samples[0].state).shape[2]
+        if self.pairs is not None:
+            least *= 2  # the two of a pair are one structure
+        return sorted(z for z, count in rows.items() if count >= least)
 
     def chunks(self) -> list[Chunk]:
         """Chunks that fit in memory; a single one is kept."""
@@ -203,14 +212,17 @@ class _Problem:
             parts = self._parts(sample, first, stop)
             if not parts:
                 continue
-            design = self.fit.design(sample.state)
-            tensors = [sample.goal.double() - sample.current.double(), sample.goal.double()]
+            goal = sample.goal.double()
+            design, missing, goal = (
+                x if self.pairs is None else self.pairs.rows(x)
+                for x in (self.fit.design(sample.state).double(), goal - sample.current.double(), goal)
+            )
             # A channel's columns are its own: one column per block.
-            columns = [x.unsqueeze(-2) if self.per_channel else x.unsqueeze(-1) for x in tensors]
+            columns = [x.unsqueeze(-2) if self.per_channel else x.unsqueeze(-1) for x in (missing, goal)]
             inputs = design if self.per_channel else design.unsqueeze(-1)
             for nodes, channels, position in parts:
-                a, b, goal = (_blocks(x, nodes, channels) for x in (inputs, *columns))
-                folds[sample.fold].add(a, b, goal, first=position)
+                a, b, c = (_blocks(x, nodes, channels) for x in (inputs, *columns))
+                folds[sample.fold].add(a, b, c, first=position)
         return list(folds.values())
 
     def _parts(self, sample: _Sample, first: int, stop: int) -> list[tuple[Tensor | None, slice, int]]:
@@ -236,4 +248,4 @@ class _Problem:
 def _blocks(x: Tensor, nodes: Tensor | None, channels: slice) -> Tensor:
     """Turn (n_nodes, 2l+1, p, channels) into (channels, samples, p) of some nodes and channels."""
     x = x if nodes is None else x.index_select(0, nodes)
-    return x[..., channels].permute(3, 0, 1, 2).flatten(1, 2).double()
+    return x[..., channels].permute(3, 0, 1, 2).flatten(1, 2)

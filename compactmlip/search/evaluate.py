@@ -13,6 +13,7 @@ from torch import nn
 from compactmlip.compress.apply import prune
 from compactmlip.compress.compensate import kept_columns, split_folds
 from compactmlip.compress.cost import Shapes
+from compactmlip.compress.mirror import Pairs
 from compactmlip.compress.plan_file import Plan
 from compactmlip.compress.refit import refit, stage_outputs
 from compactmlip.compress.tapped import Scores
@@ -137,10 +138,12 @@ class Evaluator:
         graphs = [build_graph(a, model_spec(teacher), model_dtype(teacher)) for a in frames.fit]
         self.graphs = graphs
         folds = split_folds(len(graphs), None, FOLDS, seed)
+        self.pairs = Pairs()
         self.data: list[tuple[GraphBatch, int]] = []
         for fold in range(FOLDS):
             part = [g for g, f in zip(graphs, folds, strict=True) if f == fold]
-            self.data += [(collate([part[k] for k in i]), fold) for i in batches_by_edges(part, MAX_EDGES)]
+            made = self.pairs.batches(part, MAX_EDGES, seed=FOLDS * seed + fold)
+            self.data += [(batch, fold) for batch in made]
         self.outputs = list(stage_outputs(teacher, [batch for batch, _ in self.data]))
         held = [build_graph(a, model_spec(teacher), model_dtype(teacher)) for a in frames.held_out]
         self.check = [collate([held[k] for k in i]) for i in batches_by_edges(held, MAX_EDGES)]
@@ -151,7 +154,7 @@ class Evaluator:
         masks = self.shapes.masks(plan, self.scores[plan.importance])
         student = prune(self.teacher, masks)
         columns = kept_columns(self.teacher, masks)
-        refit(student, self.teacher, columns, self.data, self.damping, known=self.outputs)
+        refit(student, self.teacher, columns, self.data, self.damping, pairs=self.pairs, known=self.outputs)
         return student
 
     def error(self, plan: Plan) -> PlanError:

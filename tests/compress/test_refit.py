@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import compactmlip.compress.refit as module
+from compactmlip.compress.mirror import Pairs
 from compactmlip.compress.refit import refit_stage
 from compactmlip.data.graph import GraphBatch
 from compactmlip.models.stages import Fit, Kind, Stage
@@ -40,11 +41,11 @@ class Problem:
     def total(self, state: tuple[Tensor, Tensor, Tensor]) -> list[Tensor | None]:
         return [None, _map(self.kind, self.design(state), self.weight, state[2]) + state[1][..., KEPT]]
 
-    def refit(self, damping: float = 1.0) -> list[module.StageFit]:
+    def refit(self, damping: float = 1.0, pairs: Pairs | None = None) -> list[module.StageFit]:
         fit = Fit(1, self.kind, "made.up", self.design, self.weight.add_)
         stage = Stage("made up", (fit,), self.total, lambda state, total: state)
         columns = {"made.up": KEPT}
-        return refit_stage(stage, self.states, self.targets, columns, self.data, damping, NUM_SPECIES)
+        return refit_stage(stage, self.states, self.targets, columns, self.data, damping, NUM_SPECIES, pairs)
 
 
 def _map(kind: Kind, design: Tensor, weight: Tensor, species: Tensor) -> Tensor:
@@ -71,7 +72,7 @@ def _problem(kind: Kind, *, noise: float = 0.0, num_batches: int = 4, num_nodes:
     present = torch.tensor([z for z in range(NUM_SPECIES) if z != ABSENT])
     states, targets, data = [], [], []
     for k in range(num_batches):
-        species = present[torch.randint(3, (num_nodes,), generator=generator)]
+        species = present[torch.randint(3, (num_nodes // 2,), generator=generator)].repeat(2)
         width = (TEACHER_CHANNELS,) if kind == "channel" else ()
         design, rest = (
             normal(num_nodes, COMPONENTS, P, *width),
@@ -86,11 +87,12 @@ def _problem(kind: Kind, *, noise: float = 0.0, num_batches: int = 4, num_nodes:
 
 
 @pytest.mark.parametrize("kind", list(SHAPES))
-def test_exact_weights_are_found(kind: Kind) -> None:
+@pytest.mark.parametrize("pairs", [None, Pairs()])
+def test_exact_weights_are_found(kind: Kind, pairs: Pairs | None) -> None:
     """Cut channels are left out, the part that is not refitted is allowed for, unseen species stay put."""
     problem = _problem(kind)
     start = problem.weight.clone()
-    (fit,) = problem.refit()
+    (fit,) = problem.refit(pairs=pairs)
     assert (fit.stage, fit.order) == ("made up", 1)
     assert fit.after < 1e-5 * fit.before
     wanted = problem.truth[..., KEPT].clone()
@@ -146,6 +148,32 @@ def test_a_channel_fit_is_one_fit_per_species_and_channel() -> None:
     ]
     solution = torch.linalg.lstsq(torch.cat(inputs).flatten(0, 1), torch.cat(goals).reshape(-1, 1)).solution
     torch.testing.assert_close(problem.weight[z, :, c], solution[:, 0], rtol=0, atol=1e-9)
+
+
+def test_pairs_weigh_slopes_as_they_say() -> None:
+    """The weights are the least-squares solution of values and weighted slopes, made here by hand."""
+    problem = _problem("species", noise=0.1, num_nodes=200)
+    problem.refit(damping=1e-9, pairs=Pairs(displacement=0.05, slope_weight=0.3))
+    z = 1
+    designs, goals = [], []
+    for (x, rest, species), target in zip(problem.states, problem.targets, strict=True):
+        mine = species[:100] == z
+        for whole, parts in ((x, designs), ((target[1] - rest)[..., KEPT], goals)):
+            plus, minus = whole[:100][mine], whole[100:][mine]
+            parts.append(torch.cat([(plus + minus) / 2, 0.3 * (plus - minus) / 0.1]))
+    solution = torch.linalg.lstsq(torch.cat(designs).flatten(0, 1), torch.cat(goals).flatten(0, 1)).solution
+    torch.testing.assert_close(problem.weight[z], solution, rtol=0, atol=1e-9)
+
+
+def test_the_two_of_a_pair_count_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A species is fitted if its atoms give enough equations; a pair is one structure."""
+    counts = [int((s[2] == 3).sum()) * COMPONENTS for s in _problem("species").states]
+    monkeypatch.setattr(module, "ROWS_PER_INPUT", 0.6 * sum(counts) / P)
+    for pairs, fitted in ((None, True), (Pairs(), False)):
+        problem = _problem("species")
+        start = problem.weight.clone()
+        problem.refit(pairs=pairs)
+        assert torch.equal(problem.weight[3], start[3]) is not fitted
 
 
 def test_nothing_is_fitted_without_a_second_fold() -> None:
