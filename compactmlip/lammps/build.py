@@ -14,7 +14,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib import metadata
 from importlib.util import find_spec
@@ -79,8 +79,13 @@ def installed() -> Installation | None:
             text = (package / "__init__.py").read_text()
             found = re.search(r"^__version__ = (\d+)", text, re.MULTILINE)
             version = int(found[1]) if found else 0
-            return Installation(include, version, (f"-I{_sources() / 'mpi_stub'}", "-DLAMMPS_SMALLBIG"))
+            return Installation(include, version, (_stub_option(), "-DLAMMPS_SMALLBIG"))
     return None
+
+
+def _stub_option() -> str:
+    """Compiler option that finds the few names of MPI that are needed."""
+    return f"-I{_sources() / 'mpi_stub'}"
 
 
 def self_built(include: str | Path, *, bigbig: bool = False) -> Installation:
@@ -140,9 +145,11 @@ def _product(installation: Installation) -> Product:
     headers = sorted(installation.include.glob("*.h"))
     parts = [file_digest(path) for path in (torch / "version.py", *headers)]
     parts += [f"{path.name}\n{file_digest(path)}" for path in (*_code(), _sources() / "mpi_stub" / "mpi.h")]
+    # What the stub says counts, not where it lies: a second checkout of the same sources shares the plugin.
+    options = ["-Impi_stub" if option == _stub_option() else option for option in installation.options]
     identity = (
         str(torch),
-        str(installation),
+        str(replace(installation, options=tuple(options))),
         sys.prefix,
         processor(),
         *FLAGS,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from importlib.metadata import EntryPoint, PackageNotFoundError
@@ -149,3 +150,17 @@ def test_own_lammps_has_its_own_plugin(
     copied = headers(tmp_path / "src", None)
     other = building.Installation(copied, installation.version, installation.options)
     assert building.ready(installation) == lammps.plugin and building.ready(other) is None
+
+
+def test_a_second_checkout_has_the_same_plugin(
+    lammps: Lammps, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same sources elsewhere: nothing is compiled again; with another stub of MPI it would be."""
+    shutil.copytree(building._sources(), tmp_path / "plugin")
+    monkeypatch.setattr(building, "_sources", lambda: tmp_path / "plugin")
+    installation = building.installed()
+    assert installation is not None and str(tmp_path) in str(installation.options)
+    assert building.ready(installation) == lammps.plugin
+    with (tmp_path / "plugin" / "mpi_stub" / "mpi.h").open("a") as stub:
+        stub.write("// another one\n")
+    assert building.ready(installation) is None
