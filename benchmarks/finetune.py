@@ -55,7 +55,7 @@ from compactmlip.validate.speed import measure_speed
 SHIFT_FRAMES = 24
 """Training frames that give the shift of energies of models that are not trained."""
 
-DISTIL_SHARE = 0.5
+DISTIL_SHARE = 0.75
 """Of a student's time, for the distillation; the rest is fine-tuning."""
 
 MODEL = "model.safetensors"
@@ -136,11 +136,11 @@ class Bench:
         )
         return {"raw": raw, "shifted": moved, "parameters": num_parameters(model)}
 
-    def trained(self, model: nn.Module, name: str, lr: float, share: float = 1.0) -> dict[str, Any]:
+    def trained(self, model: nn.Module, name: str, lr: float, minutes: float) -> dict[str, Any]:
         """Errors after training on the labels of the data."""
         settings = FinetuneOptions(
             max_epochs=None,
-            max_minutes=share * self.options.minutes,
+            max_minutes=minutes,
             patience=None,
             lr=lr,
             stress_weight=0.0,
@@ -157,19 +157,21 @@ class Bench:
         name = f"student-{slug(target)}"
         options = DistilOptions(
             max_epochs=None,
-            max_minutes=DISTIL_SHARE * self.options.minutes,
+            max_minutes=DISTIL_SHARE * self.options.student_minutes,
             lr=self.options.lr_student,
             seed=self.seed,
         )
         folder = self.work / f"{name}-distil"
         learned = distil(self.cut(target), *self.taught, options, folder, clock=time.process_time)
         epochs = {"distil_epochs": learned.history[-1]["epoch"]}
-        return epochs | self.trained(learned.model, name, self.options.lr, 1 - DISTIL_SHARE)
+        rest = (1 - DISTIL_SHARE) * self.options.student_minutes
+        return epochs | self.trained(learned.model, name, self.options.lr_tune, rest)
 
     def scratch(self, target: str) -> dict[str, Any]:
-        """The same architecture with random weights, for as long."""
+        """The same architecture with random weights, for as long as the student."""
         model = from_random(self.cut(target), self.seed)
-        return self.trained(model, f"scratch-{slug(target)}", self.options.lr_scratch)
+        options = self.options
+        return self.trained(model, f"scratch-{slug(target)}", options.lr_scratch, options.student_minutes)
 
     def once(self, name: str, run: Callable[[], dict[str, Any]]) -> None:
         """Run unless the result is there already."""
@@ -218,7 +220,7 @@ def run(bench: Bench) -> None:
         if part == "untrained":
             bench.once("as-it-is", bench.as_it_is)
         elif part == "parent":
-            bench.once("parent", lambda: bench.trained(bench.parent(), "parent", options.lr))
+            bench.once("parent", lambda: bench.trained(bench.parent(), "parent", options.lr, options.minutes))
         elif part == "student":
             for target in options.targets:
                 bench.once(f"student-{slug(target)}", lambda t=target: bench.student(t))
@@ -315,7 +317,7 @@ def write_report(options: argparse.Namespace) -> None:
     made = Report(options)
     command = (
         f"python benchmarks/finetune.py TRAIN.xyz TEST.xyz --work DIR --parent {options.parent} "
-        f"--minutes {options.minutes:g} --targets {' '.join(options.targets)} --every {options.every} "
+        f"--minutes {options.minutes:g} --student-minutes {options.student_minutes:g} --targets {' '.join(options.targets)} --every {options.every} "
         f"--copies {options.copies} --calibration {options.calibration}"
     )
     text = header(f"Fine-tuning: {options.title}", command)
@@ -323,13 +325,14 @@ def write_report(options: argparse.Namespace) -> None:
     listed = ", ".join(f"{name} {n} frames ({atoms} atoms)" for name, (n, atoms) in sizes.items())
     seeds = ", ".join(str(bench.seed) for bench in made.benches)
     text += (
-        f"\n{listed}. Errors on the test set, meV/atom and meV/A. Each model had {options.minutes:g} minutes "
-        f"of processor time on one thread, students {DISTIL_SHARE:.0%} of it for the distillation on frames "
+        f"\n{listed}. Errors on the test set, meV/atom and meV/A. The parent had {options.minutes:g} "
+        f"minutes of processor time on one thread, smaller models {options.student_minutes:g}: students "
+        f"{DISTIL_SHARE:.0%} of it for the distillation on frames "
         f"that the fine-tuned parent labels ({options.copies} perturbed copies of each training frame among "
         "them) and the rest for fine-tuning; validation frames, held out of the training frames, chose the "
         f"epoch. Seeds: {seeds}; ± is the standard deviation from seed to seed. Learning rates "
-        f"{options.lr:g} (fine-tuning), {options.lr_student:g} (distillation), {options.lr_scratch:g} (from "
-        "random weights)."
+        f"{options.lr:g} (parent), {options.lr_student:g} (distillation), {options.lr_tune:g} (fine-tuning of "
+        f"students), {options.lr_scratch:g} (from random weights)."
     )
     if made.speed:
         text += f" Atoms/s: float32 kernels, {made.speed['atoms']} atoms, one thread, taking turns."
@@ -357,9 +360,11 @@ def main() -> None:
     options_parser.add_argument("--targets", nargs="+", default=["128x0+64x1+32x2", "128x0+64x1"])
     options_parser.add_argument("--calibration", type=int, default=12, help="frames for the compensation")
     options_parser.add_argument("--copies", type=int, default=1, help="perturbed copies of a training frame")
-    options_parser.add_argument("--minutes", type=float, default=15.0, help="processor time of a model")
+    options_parser.add_argument("--minutes", type=float, default=15.0, help="processor time of the parent")
+    options_parser.add_argument("--student-minutes", type=float, default=20.0, help="of each other model")
     options_parser.add_argument("--lr", type=float, default=2e-3)
     options_parser.add_argument("--lr-student", type=float, default=5e-3)
+    options_parser.add_argument("--lr-tune", type=float, default=5e-4, help="of distilled students")
     options_parser.add_argument("--lr-scratch", type=float, default=1e-2)
     options_parser.add_argument("--every", type=int, default=1, help="use every n-th training frame")
     options_parser.add_argument("--seed", type=int, default=0)
