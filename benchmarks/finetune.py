@@ -317,7 +317,8 @@ def write_report(options: argparse.Namespace) -> None:
     made = Report(options)
     command = (
         f"python benchmarks/finetune.py TRAIN.xyz TEST.xyz --work DIR --parent {options.parent} "
-        f"--minutes {options.minutes:g} --student-minutes {options.student_minutes:g} --targets {' '.join(options.targets)} --every {options.every} "
+        f"--minutes {options.minutes:g} --student-minutes {options.student_minutes:g} "
+        f"--targets {' '.join(options.targets)} --every {options.every} "
         f"--copies {options.copies} --calibration {options.calibration}"
     )
     text = header(f"Fine-tuning: {options.title}", command)
@@ -331,8 +332,8 @@ def write_report(options: argparse.Namespace) -> None:
         f"that the fine-tuned parent labels ({options.copies} perturbed copies of each training frame among "
         "them) and the rest for fine-tuning; validation frames, held out of the training frames, chose the "
         f"epoch. Seeds: {seeds}; ± is the standard deviation from seed to seed. Learning rates "
-        f"{options.lr:g} (parent), {options.lr_student:g} (distillation), {options.lr_tune:g} (fine-tuning of "
-        f"students), {options.lr_scratch:g} (from random weights)."
+        f"{options.lr:g} (parent), {options.lr_student:g} (distillation), {options.lr_tune:g} (students' "
+        f"fine-tuning), {options.lr_scratch:g} (from random weights)."
     )
     if made.speed:
         text += f" Atoms/s: float32 kernels, {made.speed['atoms']} atoms, one thread, taking turns."
