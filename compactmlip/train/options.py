@@ -11,6 +11,7 @@ from compactmlip.spec import DTypeName
 
 Schedule = Literal["cosine", "linear", "exponential", "constant", "plateau"]
 Loss = Literal["huber", "universal", "mse"]
+OptimizerName = Literal["soap", "adamw"]
 
 BOOKKEEPING = frozenset(
     {"checkpoint_minutes", "tensorboard", "labels", "accept", "drop", "forgetting_structures"}
@@ -31,7 +32,7 @@ class TrainOptions(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    lr: float = Field(default=5e-3, gt=0, description="peak learning rate; weights are of order one")
+    lr: float = Field(default=3e-3, gt=0, description="peak learning rate; weights are of order one")
     schedule: Schedule = Field(
         default="cosine", description="cosine, linear, exponential, constant or plateau"
     )
@@ -39,8 +40,11 @@ class TrainOptions(BaseModel):
     final_lr: float = Field(default=0.01, ge=0, le=1, description="last learning rate over the peak")
     plateau_patience: int = Field(default=10, ge=0, description="epochs before the rate falls on a plateau")
     plateau_factor: float = Field(default=0.8, gt=0, lt=1, description="factor of the rate on a plateau")
-    weight_decay: float = Field(default=0.0, ge=0, description="decoupled weight decay (AdamW)")
-    amsgrad: bool = Field(default=False, description="AMSGrad variant of Adam")
+    optimizer: OptimizerName = Field(
+        default="soap", description="soap (Adam in the gradients' eigenbasis) or adamw"
+    )
+    weight_decay: float = Field(default=0.0, ge=0, description="decoupled weight decay")
+    amsgrad: bool = Field(default=False, description="AMSGrad variant of adamw")
     clip: float = Field(default=10.0, gt=0, description="largest norm of the gradient of the loss")
     ema_decay: float = Field(default=0.99, ge=0, lt=1, description="decay per step of the weight average")
 
@@ -78,6 +82,8 @@ class TrainOptions(BaseModel):
     def _has_budget(self) -> TrainOptions:
         if self.max_epochs is None and self.max_minutes is None:
             raise ValueError("training needs an end: give max_epochs, max_minutes or both")
+        if self.amsgrad and self.optimizer != "adamw":
+            raise ValueError("amsgrad is a variant of adamw: give optimizer=adamw as well")
         if self.energy_weight == self.forces_weight == self.stress_weight == self.hessian_weight == 0:
             raise ValueError("all weights are zero: there is nothing to train on")
         return self

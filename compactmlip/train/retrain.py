@@ -29,6 +29,7 @@ MACE_MP: dict[str, Any] = {
     "forces_delta": 0.01,
     "stress_delta": 0.01,
     "lr": 0.005,
+    "optimizer": "adamw",
     "weight_decay": 1e-8,
     "amsgrad": True,
     "ema_decay": 0.995,
@@ -57,6 +58,7 @@ MACE_OFF: dict[str, Any] = {
     "energy_delta": 1.0,
     "forces_delta": 1.0,
     "lr": 0.01,
+    "optimizer": "adamw",
     "weight_decay": 5e-10,
     "amsgrad": True,
     "ema_decay": 0.99,
@@ -79,6 +81,7 @@ SEVENNET: dict[str, Any] = {
     "forces_delta": 0.01,
     "stress_delta": 0.01 / KBAR,
     "lr": 0.01,
+    "optimizer": "adamw",
     "schedule": "linear",
     "final_lr": 1e-4,
     "warmup": 0.0,
@@ -101,7 +104,7 @@ class RetrainOptions(FinetuneOptions):
     preset: Preset | None = Field(
         default=None, description="published settings, which other options override: " + ", ".join(PRESETS)
     )
-    lr: float = Field(default=5e-3, gt=0, description="peak learning rate; weights are of order one")
+    lr: float = Field(default=3e-3, gt=0, description="peak learning rate; weights are of order one")
     max_epochs: int | None = Field(default=200, ge=1, description="passes over the training frames")
     patience: int | None = Field(
         default=None, ge=1, description="stop after so many epochs without a better validation loss"

@@ -27,6 +27,7 @@ from compactmlip.models import model_spec
 from compactmlip.train.dataset import Dataset
 from compactmlip.train.ema import WeightAverage
 from compactmlip.train.options import BOOKKEEPING, TrainOptions
+from compactmlip.train.soap import Soap
 
 STATE_FILE, HISTORY_FILE = "last.state.safetensors", "history.csv"
 HEADER_KEY, STATE_VERSION = "compactmlip_training", 2
@@ -72,7 +73,7 @@ class TrainingState:
     best
         Averaged weights at the lowest validation loss.
     optimizer
-        AdamW.
+        As the options say: :class:`compactmlip.train.soap.Soap` or AdamW.
     counters
         See :class:`Counters`.
     sums
@@ -83,13 +84,7 @@ class TrainingState:
         self.model = model
         self.average = WeightAverage(model, options.ema_decay)
         self.best = _copies(self.average.model)
-        self.optimizer = torch.optim.AdamW(
-            model.parameters(),
-            lr=options.lr,
-            weight_decay=options.weight_decay,
-            amsgrad=options.amsgrad,
-            foreach=True,
-        )
+        self.optimizer = make_optimizer(model, options)
         self.counters = Counters()
         self.sums = torch.zeros(6, dtype=torch.float64, device=next(model.parameters()).device)
 
@@ -144,6 +139,14 @@ class TrainingState:
         self.average.steps = snapshot.average_steps
         self.sums = snapshot.tensors["sums"].to(self.sums.device, copy=True)
         self.counters = copy.deepcopy(snapshot.counters)
+
+
+def make_optimizer(model: nn.Module, options: TrainOptions) -> torch.optim.Optimizer:
+    """Optimiser of all weights of a model."""
+    weights, decay = model.parameters(), options.weight_decay
+    if options.optimizer == "soap":
+        return Soap(weights, options.lr, weight_decay=decay)
+    return torch.optim.AdamW(weights, options.lr, weight_decay=decay, amsgrad=options.amsgrad, foreach=True)
 
 
 def make_folder(path: Path) -> None:

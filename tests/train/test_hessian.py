@@ -131,7 +131,7 @@ def test_structure_weights_count(student: nn.Module, labelled: list[Atoms]) -> N
 
 
 def test_training_on_it_lowers_its_error(student: nn.Module, labelled: list[Atoms], tmp_path: Path) -> None:
-    options: dict[str, Any] = {"max_epochs": 25, "batch_atoms": 16}
+    options: dict[str, Any] = {"max_epochs": 25, "batch_atoms": 16, "optimizer": "adamw"}
     with_it = run(student, labelled, tmp_path / "with", hessian_weight=2.0, **options)
     without = run(student, labelled, tmp_path / "without", hessian_weight=0.0, **options)
     assert without.errors.hessian is None

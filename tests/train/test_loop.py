@@ -134,10 +134,11 @@ def test_same_seed_same_result(train: Callable[..., DistilResult]) -> None:
 
 
 @pytest.mark.parametrize("where", ["amid an epoch", "amid an update", "amid a validation"])
+@pytest.mark.parametrize("options", [{"optimizer": "soap"}, {"optimizer": "adamw", "amsgrad": True}])
 def test_interrupted_run_resumes_to_the_same_weights(
-    train: Callable[..., DistilResult], monkeypatch: pytest.MonkeyPatch, where: str
+    train: Callable[..., DistilResult], monkeypatch: pytest.MonkeyPatch, where: str, options: dict[str, Any]
 ) -> None:
-    whole = train("whole", amsgrad=True)
+    whole = train("whole", **options)
     with monkeypatch.context() as patch:
         if where == "amid an epoch":
             patch.setattr(loop, "residuals", Interrupt(loop.residuals, 6, KeyboardInterrupt()))
@@ -147,8 +148,8 @@ def test_interrupted_run_resumes_to_the_same_weights(
             last = Interrupt(loop.dataset_residuals, 5, KeyboardInterrupt())
             patch.setattr(loop, "dataset_residuals", last)
         with pytest.raises(KeyboardInterrupt):
-            train("parts", amsgrad=True)
-    resumed = train("parts", amsgrad=True)
+            train("parts", **options)
+    resumed = train("parts", **options)
     assert torch.equal(weights(resumed.model), weights(whole.model))
     keys = set(whole.history[0]) - {"minutes", "atoms_per_s"}
     for a, b in zip(resumed.history, whole.history, strict=True):
