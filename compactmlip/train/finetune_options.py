@@ -26,7 +26,6 @@ class FinetuneOptions(TrainOptions):
 
     action: ClassVar[str] = "finetune"
 
-    lr: float = Field(default=2e-3, gt=0, description="peak learning rate; weights are of order one")
     max_epochs: int | None = Field(default=100, ge=1, description="passes over the training frames")
     patience: int | None = Field(
         default=25, ge=1, description="stop after so many epochs without a better validation loss"

@@ -104,7 +104,6 @@ class RetrainOptions(FinetuneOptions):
     preset: Preset | None = Field(
         default=None, description="published settings, which other options override: " + ", ".join(PRESETS)
     )
-    lr: float = Field(default=3e-3, gt=0, description="peak learning rate; weights are of order one")
     max_epochs: int | None = Field(default=200, ge=1, description="passes over the training frames")
     patience: int | None = Field(
         default=None, ge=1, description="stop after so many epochs without a better validation loss"
