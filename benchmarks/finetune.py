@@ -136,7 +136,9 @@ class Bench:
         )
         return {"raw": raw, "shifted": moved, "parameters": num_parameters(model)}
 
-    def trained(self, model: nn.Module, name: str, lr: float, minutes: float) -> dict[str, Any]:
+    def trained(
+        self, model: nn.Module, name: str, lr: float, minutes: float, accept: tuple[str, ...] = ()
+    ) -> dict[str, Any]:
         """Errors after training on the labels of the data."""
         settings = FinetuneOptions(
             max_epochs=None,
@@ -147,6 +149,7 @@ class Bench:
             seed=self.seed,
             e0="least-squares",
             forgetting_structures=0,
+            accept=accept,
         )
         data = FinetuneData(self.frames["train"], self.frames["valid"], self.frames["test"])
         folder = self.work / name
@@ -171,7 +174,10 @@ class Bench:
         """The same architecture with random weights, for as long as the student."""
         model = from_random(self.cut(target), self.seed)
         options = self.options
-        return self.trained(model, f"scratch-{slug(target)}", options.lr_scratch, options.student_minutes)
+        # What random weights predict says nothing of the data's units.
+        return self.trained(
+            model, f"scratch-{slug(target)}", options.lr_scratch, options.student_minutes, ("units",)
+        )
 
     def once(self, name: str, run: Callable[[], dict[str, Any]]) -> None:
         """Run unless the result is there already."""
@@ -364,9 +370,9 @@ def main() -> None:
     options_parser.add_argument("--minutes", type=float, default=15.0, help="processor time of the parent")
     options_parser.add_argument("--student-minutes", type=float, default=20.0, help="of each other model")
     options_parser.add_argument("--lr", type=float, default=5e-3)
-    options_parser.add_argument("--lr-student", type=float, default=3e-3)
-    options_parser.add_argument("--lr-tune", type=float, default=5e-4, help="of distilled students")
-    options_parser.add_argument("--lr-scratch", type=float, default=1e-2)
+    options_parser.add_argument("--lr-student", type=float, default=1e-2)
+    options_parser.add_argument("--lr-tune", type=float, default=2e-3, help="of distilled students")
+    options_parser.add_argument("--lr-scratch", type=float, default=1e-1)
     options_parser.add_argument("--every", type=int, default=1, help="use every n-th training frame")
     options_parser.add_argument("--seed", type=int, default=0)
     options = options_parser.parse_args()

@@ -32,7 +32,7 @@ class TrainOptions(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    lr: float = Field(default=3e-3, gt=0, description="peak learning rate; weights are of order one")
+    lr: float = Field(default=5e-3, gt=0, description="peak learning rate; weights are of order one")
     schedule: Schedule = Field(
         default="cosine", description="cosine, linear, exponential, constant or plateau"
     )
