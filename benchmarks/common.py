@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -12,11 +12,12 @@ import numpy as np
 import torch
 from ase import Atoms, units
 from ase.build import bulk, molecule
+from torch import nn
 
 from compactmlip.checkpoint import load
 from compactmlip.data.graph import Derivatives, GraphBatch, build_graph, energy_and_derivatives
 from compactmlip.deploy.archive import DTYPES, NodeEnergy, load_deployed, without_profiling
-from compactmlip.models import model_dtype, model_spec
+from compactmlip.models import build, cast, model_dtype, model_spec
 from compactmlip.validate.certificate import software_versions
 from compactmlip.validate.speed import describe_machine
 
@@ -50,6 +51,18 @@ def shown(arguments: Sequence[str]) -> str:
     if "--output" in kept:
         del kept[kept.index("--output") : kept.index("--output") + 2]
     return " ".join(Path(a).name if "/" in a else a for a in kept)
+
+
+def from_random(model: nn.Module, seed: int, keep: Collection[str] = ()) -> nn.Module:
+    """The same architecture, factors and energies of atoms, with upstream's random initialisation.
+
+    Parameters named in ``keep`` are the model's.
+    """
+    torch.manual_seed(seed)
+    fresh = cast(build(model_spec(model)), torch.float32)
+    state, drawn = model.state_dict(), {name for name, _ in fresh.named_parameters()} - set(keep)
+    fresh.load_state_dict({n: t if n in drawn else state[n] for n, t in fresh.state_dict().items()})
+    return fresh
 
 
 def describe_load() -> float | None:

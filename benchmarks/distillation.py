@@ -14,25 +14,18 @@ import tempfile
 from pathlib import Path
 
 import torch
-from common import header, parser, report, table
+from common import from_random, header, parser, report, table
 from torch import nn
 
 from compactmlip import checkpoint
 from compactmlip.data.read import read_labelled
-from compactmlip.models import build, cast, model_spec
+from compactmlip.models import model_spec
 from compactmlip.train.dataset import Dataset
 from compactmlip.train.distil import DistilOptions, distil
 from compactmlip.train.metrics import evaluate
 
-
-def from_random(model: nn.Module, seed: int) -> nn.Module:
-    """The same architecture with upstream's initialisation: unit-normal weights, frozen factors."""
-    torch.manual_seed(seed)
-    fresh = cast(build(model_spec(model)), torch.float32)
-    state = model.state_dict()
-    trainable = {name for name, _ in fresh.named_parameters()} - {"basis.wave_numbers"}
-    fresh.load_state_dict({n: t if n in trainable else state[n] for n, t in fresh.state_dict().items()})
-    return fresh
+KEPT = ("basis.wave_numbers",)
+"""What random models have from the trained one."""
 
 
 def main() -> None:
@@ -50,7 +43,9 @@ def main() -> None:
         ("pruned, compensated", starts["compensated"], None),
         ("pruned by plain slicing", starts["pruned"], None),
     ]
-    runs += [(f"random weights, lr {lr:g}", from_random(starts["pruned"], 0), lr) for lr in options.lr_random]
+    runs += [
+        (f"random weights, lr {lr:g}", from_random(starts["pruned"], 0, KEPT), lr) for lr in options.lr_random
+    ]
     rows = []
     for name, start, lr in runs:
         settings = {"max_epochs": None, "max_minutes": options.minutes, **({"lr": lr} if lr else {})}

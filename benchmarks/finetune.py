@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 import torch
 from ase import Atoms
-from common import header, parser, report, table
+from common import from_random, header, parser, report, table
 from torch import nn
 
 from compactmlip import CompactMLIPCalculator, checkpoint
@@ -42,7 +42,7 @@ from compactmlip.data.label import label
 from compactmlip.data.read import read_labelled
 from compactmlip.deploy.compile import compile_model
 from compactmlip.families import load_model
-from compactmlip.models import build, cast, model_spec, num_parameters
+from compactmlip.models import model_spec, num_parameters
 from compactmlip.train.dataset import Dataset
 from compactmlip.train.distil import DistilOptions, distil
 from compactmlip.train.finetune import FinetuneData, FinetuneResult, finetune
@@ -208,15 +208,6 @@ def _say(text: str) -> None:
 
 def slug(target: str) -> str:
     return target.replace("+", "_").replace(",", "__")
-
-
-def from_random(model: nn.Module, seed: int) -> nn.Module:
-    """The same architecture, factors and energies of atoms, with upstream's random initialisation."""
-    torch.manual_seed(seed)
-    fresh = cast(build(model_spec(model)), torch.float32)
-    state, drawn = model.state_dict(), dict(fresh.named_parameters())
-    fresh.load_state_dict({n: t if n in drawn else state[n] for n, t in fresh.state_dict().items()})
-    return fresh
 
 
 def run(bench: Bench) -> None:

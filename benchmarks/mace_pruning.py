@@ -28,14 +28,14 @@ from typing import Any
 import numpy as np
 import torch
 from ase import Atoms
-from common import header, parser, report, table
+from common import from_random, header, parser, report, table
 from torch import nn
 
 from compactmlip.compress.compress import compress
 from compactmlip.data.graph import GraphBatch, build_graph
 from compactmlip.data.read import read_labelled
 from compactmlip.families import load_model
-from compactmlip.models import build, cast, mace_stages, model_spec, num_parameters
+from compactmlip.models import cast, mace_stages, model_spec, num_parameters
 from compactmlip.models.stages import Stage
 from compactmlip.train.dataset import Dataset
 from compactmlip.train.distil import DistilOptions, distil
@@ -137,15 +137,6 @@ class Bench:
     def result(self, name: str) -> dict[str, Any]:
         file = self.work / f"{name.replace(' ', '_')}.json"
         return dict(json.loads(file.read_text())) if file.exists() else {}
-
-
-def from_random(model: nn.Module, seed: int) -> nn.Module:
-    """The same architecture, factors and energies of atoms, with upstream's random initialisation."""
-    torch.manual_seed(seed)
-    fresh = cast(build(model_spec(model)), torch.float32)
-    state, drawn = model.state_dict(), dict(fresh.named_parameters())
-    fresh.load_state_dict({n: t if n in drawn else state[n] for n, t in fresh.state_dict().items()})
-    return fresh
 
 
 def cuts(bench: Bench) -> None:

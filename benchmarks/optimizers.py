@@ -16,8 +16,8 @@ import time
 from pathlib import Path
 
 import torch
-from common import header, parser, report, shown, table
-from distillation import from_random
+from common import from_random, header, parser, report, shown, table
+from distillation import KEPT
 
 from compactmlip import checkpoint
 from compactmlip.data.read import read_labelled
@@ -48,7 +48,7 @@ def main() -> None:
     test = Dataset.from_frames(frames["test"], model_spec(compensated), torch.float32, "the test set")
     rows = []
     for start, runs in RUNS.items():
-        model = compensated if start == COMPENSATED else from_random(compensated, 0)
+        model = compensated if start == COMPENSATED else from_random(compensated, 0, KEPT)
         for optimizer, lr in runs:
             settings = DistilOptions(optimizer=optimizer, lr=lr, max_epochs=None, max_minutes=options.minutes)
             with tempfile.TemporaryDirectory() as folder:
