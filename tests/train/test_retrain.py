@@ -73,6 +73,11 @@ def test_losses_of_presets_are_upstreams(name: str) -> None:
     assert found.stacked()[:3].tolist() == pytest.approx(expected, rel=1e-6)
 
 
+@pytest.mark.parametrize("name", list(PRESETS))
+def test_presets_have_the_optimiser_of_their_sources(name: str) -> None:
+    assert RetrainOptions(preset=name).optimizer == "adamw" != RetrainOptions().optimizer
+
+
 def test_preset_gives_way_to_other_options() -> None:
     options = RetrainOptions(preset="mace-mp", lr=0.02, patience=7)
     assert (options.lr, options.patience) == (0.02, 7)
