@@ -4,12 +4,13 @@ Cuts orders (L2 -> L1, L2 -> L0), channels (32 -> 16) and depth (2 -> 1 layers) 
 acetylacetone, and measures errors against DFT on the 300 K and 600 K test sets: as cut, compensated, and
 after training both the compensated model and one with random weights for the same processor time.  Then the
 ranking of channels: random, magnitude, activation, Taylor, and Taylor with compensation, for several
-calibration sets.
+calibration sets.  Then shares of the time and of the data: does pruning spare them?
 
 The model (mace-torch's) and the BOTNet acetylacetone data set are not part of this repository.
 
     python benchmarks/mace_pruning.py MODEL DATA --work DIR --part cuts  # --only NAME: run several at once
     python benchmarks/mace_pruning.py MODEL DATA --work DIR --part ranking
+    python benchmarks/mace_pruning.py MODEL DATA --work DIR --part shares  # --only NAME as well
     python benchmarks/mace_pruning.py MODEL DATA --work DIR --part report --output benchmarks/results/FILE.md
 """
 
@@ -22,6 +23,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import cache, cached_property
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +61,9 @@ STAGES = ("", "up", "down", "species_map", "contraction", "linear", "readout")
 """Refits of these stages are left out in turn; the first leaves out none."""
 RANKING_EVERY = 5
 """The ranking is tested on every fifth frame."""
+SHARES = (0.1, 0.25, 0.5, 1.0)
+"""Of the time with all frames, and of the frames with all the time."""
+SHARES_CUTS = ("C32 to C16", "L2 to L1", "L2 to L0")
 CALIBRATION = 100
 """Calibration frames of the cuts (1,500 atoms), without labels."""
 
@@ -105,7 +110,7 @@ class Bench:
         return found
 
     def trained(
-        self, model: nn.Module, name: str, minutes: float, lr: float, every: int = 1
+        self, model: nn.Module, name: str, minutes: float, lr: float, every: int = 1, share: float = 1.0
     ) -> dict[str, float]:
         """Errors after training on DFT labels for a time that the processor works on it."""
         settings = DistilOptions(
@@ -121,7 +126,9 @@ class Bench:
         folder = self.work / "training" / name.replace(" ", "_")
         folder.mkdir(parents=True, exist_ok=True)
         clock = time.process_time
-        result = distil(model, self.train, valid, settings, folder, False, clock=clock)
+        order = np.random.default_rng(1).permutation(len(self.train))
+        chosen = [self.train[k] for k in sorted(order[: round(share * len(self.train))])]
+        result = distil(model, chosen, valid, settings, folder, False, clock=clock)
         return {"epochs": result.history[-1]["epoch"], **self.errors(result.model, every)}
 
     def once(self, name: str, run: Callable[[], dict[str, Any]]) -> None:
@@ -163,6 +170,29 @@ def cuts(bench: Bench) -> None:
             start_model = made.model if kind == "retrained" else from_random(made.model, 0)
             label = f"{name} {kind}"
             bench.once(label, lambda m=start_model, n=label, lr=lr: bench.trained(m, n, options.minutes, lr))
+
+
+def shares(bench: Bench) -> None:
+    """Shares of the time, and of the frames, for pruned models and random weights."""
+    options = bench.options
+    order = np.random.default_rng(0).permutation(450)
+    for name in SHARES_CUTS:
+        if options.only and options.only != name:
+            continue
+        made = compress(bench.teacher, bench.graphs(order[:CALIBRATION]), **CUTS[name]).model
+        starts = {"retrained": (made, options.lr), "scratch": (from_random(made, 0), options.lr_scratch)}
+        for what, share, (kind, (start, lr)) in product(("time", "data"), SHARES[::-1], starts.items()):
+            if what == "data" and (share == 1.0 or name != SHARES_CUTS[0]):
+                continue
+            label = f"{name} {kind} {share:.0%} {what}"
+            minutes, frames = (options.minutes * share, 1.0) if what == "time" else (options.minutes, share)
+
+            def run(
+                m: nn.Module = start, n: str = label, t: float = minutes, r: float = lr, f: float = frames
+            ) -> dict[str, float]:
+                return bench.trained(m, n, t, r, share=f)
+
+            bench.once(label, run)
 
 
 def ranking(bench: Bench) -> None:
@@ -274,12 +304,15 @@ def write_report(bench: Bench) -> None:
     report(text, options.output)
 
 
+PARTS = {"cuts": cuts, "shares": shares, "ranking": ranking, "stages": stages, "report": write_report}
+
+
 def main() -> None:
     options_parser = parser(__doc__)
     options_parser.add_argument("model")
     options_parser.add_argument("data", type=Path)
     options_parser.add_argument("--work", type=Path, required=True, help="folder of partial results")
-    options_parser.add_argument("--part", choices=("cuts", "ranking", "stages", "report"), required=True)
+    options_parser.add_argument("--part", choices=tuple(PARTS), required=True)
     options_parser.add_argument("--only", help="one of the cuts")
     options_parser.add_argument("--minutes", type=float, default=20.0)
     options_parser.add_argument("--ranking-minutes", type=float, default=2.0)
@@ -290,7 +323,7 @@ def main() -> None:
     options = options_parser.parse_args()
     torch.set_num_threads(options.threads)
     bench = Bench(options)
-    {"cuts": cuts, "ranking": ranking, "stages": stages, "report": write_report}[options.part](bench)
+    PARTS[options.part](bench)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from compactmlip.cli_types import (
     Calibration,
     Config,
     Device,
+    EdgeOrder,
     GroupKey,
     Importance,
     KeptLayers,
@@ -128,6 +129,7 @@ def prune(
     radial_hidden: Annotated[int | None, typer.Option(help="Units to keep in the radial networks.")] = None,
     readout_hidden: Annotated[int | None, typer.Option(help="Units to keep in the readout.")] = None,
     odd_paths: OddPaths = False,
+    edge_order: EdgeOrder = None,
     num_basis: NumBasis = None,
     basis_start: BasisStart = "inherited",
     importance: Importance = "taylor",
@@ -153,6 +155,7 @@ def prune(
     teacher = load_for(model, kept, modality, accept_licence, device, not as_json)
     graphs = _graphs(frames, teacher)
     options: dict[str, Any] = {"radial_hidden": radial_hidden, "readout_hidden": readout_hidden}
+    options |= {"odd_paths": odd_paths, "edge_order": edge_order}
     target: str | Plan | None = to or (None if layers or num_basis else DEFAULT_TARGET)
     scores = None
     if importance.endswith(".safetensors"):
@@ -161,7 +164,7 @@ def prune(
         target = Plan.load(plan)
         target = target if scores is None else target.model_copy(update={"importance": importance})
     elif budget is not None:
-        template = Plan(layers=("1x0",), importance=importance, odd_paths=odd_paths, **options)
+        template = Plan(layers=("1x0",), importance=importance, **options)
         target, scores = _within(budget, teacher, graphs, scores, template, round_to, seed, not as_json)
         target.save(path.with_suffix(".plan.json"))
     made = compress(
@@ -169,7 +172,6 @@ def prune(
         graphs,
         target,
         layers=layers,
-        odd_paths=odd_paths,
         num_basis=num_basis,
         basis_start=basis_start,  # type: ignore[arg-type]
         criterion=importance,

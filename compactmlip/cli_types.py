@@ -70,6 +70,12 @@ MeasuredOn = Annotated[
 ]
 Calibration = Annotated[list[Path], typer.Option("--calibration", help="Structures; labels are not needed.")]
 OddPaths = Annotated[bool, typer.Option(help="Keep tensor-product paths that break inversion symmetry.")]
+EdgeOrder = Annotated[
+    int | None,
+    typer.Option(
+        min=0, help="Largest order of the harmonics of edges to keep; that of the target by default."
+    ),
+]
 Importance = Annotated[
     str,
     typer.Option(

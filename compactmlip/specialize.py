@@ -77,6 +77,7 @@ class SpecializeOptions(BaseModel):
     radial_hidden: int | None = Field(None, ge=1, description="units to keep in the radial networks")
     readout_hidden: int | None = Field(None, ge=1, description="units to keep in the readout")
     odd_paths: bool = Field(False, description="keep paths that break inversion symmetry")
+    edge_order: int | None = Field(None, ge=0, description="largest order of the harmonics of edges to keep")
     compensate: bool = Field(True, description="refit linear maps in closed form after cutting")
     minutes: float = Field(12.0, gt=0, description="time for everything; training gets what is left")
     dtype: DTypeName = Field("float32", description="precision of the deployed file")
@@ -209,6 +210,7 @@ class _Run:
             radial_hidden=self.options.radial_hidden,
             readout_hidden=self.options.readout_hidden,
             odd_paths=self.options.odd_paths,
+            edge_order=self.options.edge_order,
         )
         checkpoint.save(model, self.folder / "teacher.safetensors")
         return {"full_parameters": num_parameters(full), "parameters": num_parameters(model)}
@@ -243,6 +245,7 @@ class _Run:
             radial_hidden=self.options.radial_hidden,
             readout_hidden=self.options.readout_hidden,
             odd_paths=self.options.odd_paths,
+            edge_order=self.options.edge_order,
             with_compensation=self.options.compensate,
             seed=self.options.seed,
             progress=self.progress,

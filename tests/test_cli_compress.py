@@ -104,3 +104,19 @@ def test_search(run: Run) -> None:
     assert num_parameters(load("search/pruned.safetensors")) == found["parameters"]
     code, _, err = run(f"search teacher.safetensors --data mgo.xyz --speedup fast {settings}")
     assert code == 1 and "speedup" in err
+
+
+def test_harmonics_of_edges_may_reach_higher_than_features(
+    run: Run, make_spec: Callable[..., Any], make_model: Callable[..., nn.Module]
+) -> None:
+    spec = make_spec(channels=(8, 4, 4), num_layers=3, lmax_edge=2, cutoff=3.0, species=("Mg", "O"))
+    save(make_model(spec, dtype=torch.float32), "teacher.safetensors")
+    sizes = {}
+    for options in ("", "--edge-order 2"):
+        line = f"prune teacher.safetensors --calibration mgo.xyz --to 4x0+2x1 {options} -o cut.safetensors"
+        code, out, err = run(f"{line} --json")
+        assert code == 0, err
+        kept = model_spec(load("cut.safetensors"))
+        sizes[kept.architecture["lmax_edge"]] = json.loads(out)["parameters"]
+        assert kept.provenance.steps[0].options.get("edge_order") == (2 if options else None)
+    assert sorted(sizes) == [1, 2] and sizes[1] < sizes[2], "paths that only l = 2 of edges allows"

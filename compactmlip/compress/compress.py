@@ -61,6 +61,7 @@ def compress(
     radial_hidden: int | None = None,
     readout_hidden: int | None = None,
     odd_paths: bool = False,
+    edge_order: int | None = None,
     num_basis: int | None = None,
     basis_start: BasisStart = "inherited",
     criterion: str = "taylor",
@@ -81,7 +82,7 @@ def compress(
     target
         Channels per order: ``"64x0+32x1"`` for all layers, or one per layer separated by commas.  None keeps
         the channels, which makes sense with ``layers`` or ``num_basis`` only.  Or a plan, which replaces
-        ``radial_hidden``, ``readout_hidden``, ``odd_paths`` and ``criterion``.
+        ``radial_hidden``, ``readout_hidden``, ``odd_paths``, ``edge_order`` and ``criterion``.
     layers
         Number of layers to keep; the others are cut first (:func:`compactmlip.compress.reshape.cut_layers`).
     radial_hidden, readout_hidden
@@ -90,6 +91,9 @@ def compress(
         Keep tensor-product paths with odd l1 + l2 + l3.  Models that have them (SevenNet) break inversion
         symmetry; cutting them restores it exactly, and with compensation costs next to no accuracy.
         Families without such paths ignore it.
+    edge_order
+        Largest order of the spherical harmonics of edges to keep, the largest one of the target by default.
+        One above it costs little and lets features of low order see more of the angles.
     num_basis, basis_start
         Radial basis functions to have in the end, and how they start
         (:func:`compactmlip.compress.reshape.resize_basis`); the scores and the errors of the compensation
@@ -118,7 +122,7 @@ def compress(
     result = Compressed(teacher, None, {})
     if target is not None:
         options: dict[str, Any] = {"radial_hidden": radial_hidden, "readout_hidden": readout_hidden}
-        options["odd_paths"] = odd_paths
+        options |= {"odd_paths": odd_paths, "edge_order": edge_order}
         if isinstance(target, Plan):
             criterion, options, target = target.importance, target.options, target.target
         targets = checked_targets(model_spec(teacher), target, **options)
