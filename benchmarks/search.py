@@ -37,8 +37,9 @@ from compactmlip.data.graph import build_graph, collate, energy_and_derivatives
 from compactmlip.data.read import read_structures
 from compactmlip.families import load_model
 from compactmlip.models import model_dtype, model_spec, num_parameters, work
-from compactmlip.search.evaluate import Evaluator, Frames, PlanError, errors_on_divisions, split_frames
+from compactmlip.search.evaluate import Evaluator, Frames, PlanError, split_frames
 from compactmlip.search.options import SearchOptions
+from compactmlip.search.race import Race
 from compactmlip.search.run import MARGIN, scores_file, search
 from compactmlip.search.space import Space
 from compactmlip.search.speed import SpeedModel, Stopwatch
@@ -129,7 +130,9 @@ class Bench:
         def load(plan: Plan) -> float:
             return fitted.relative_time(work(self.shapes.pruned(plan))) / bound
 
-        known = {self.space.effect(c.plan): c.error.forces for c in self.candidates if is_uniform(c.plan)}
+        known = {
+            self.space.effect(c.plan): c.divisions[0].forces for c in self.candidates if is_uniform(c.plan)
+        }
         frames = split_frames(
             self.frames, self.options.fit_atoms, self.options.held_out_atoms, self.options.seed
         )
@@ -152,15 +155,19 @@ class Bench:
                 )
         for c in self.candidates:
             if is_uniform(c.plan) and load(c.plan) <= 1:
-                found.setdefault(self.space.effect(c.plan), (c.plan, c.error.forces))
+                found.setdefault(self.space.effect(c.plan), (c.plan, c.divisions[0].forces))
         return list(found.values())
 
     def checked(self, found: list[tuple[Plan, float]]) -> list[tuple[Plan, float]]:
         """The best, with errors that are means over divisions of the structures, as in the search."""
         best = sorted(found, key=lambda pair: pair[1])[: self.options.checked]
-        known = [(plan, PlanError(math.nan, forces)) for plan, forces in best]
-        errors = errors_on_divisions(self.evaluator, self.frames, known, self.options)
-        return [(plan, error.forces) for (plan, _), error in zip(best, errors, strict=True)]
+        race = Race(self.evaluator, self.frames, self.options)
+        checked = []
+        for plan, forces in best:
+            first = PlanError(math.nan, forces)
+            started = Candidate(plan, first, math.nan, math.nan, 0, "uniform", (first,))
+            checked.append((plan, race.completed(started).error.forces))
+        return checked
 
     def evaluator(self, frames: Frames) -> Evaluator:
         return Evaluator(self.teacher, frames, self.shapes, self.scores, self.options.damping)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
@@ -28,10 +28,12 @@ from compactmlip.data.graph import (
 from compactmlip.data.select import random_up_to, split
 from compactmlip.errors import InputError
 from compactmlip.models import model_dtype, model_spec
-from compactmlip.search.options import SearchOptions
 
 FOLDS = 3
 """Folds that choose the penalties of a refit."""
+
+TINY = 1e-9
+"""Smallest error that is divided by."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,12 @@ class PlanError:
     def mean(errors: Sequence[PlanError]) -> PlanError:
         """Mean of the errors on several sets of structures."""
         return PlanError(fmean(e.energy for e in errors), fmean(e.forces for e in errors))
+
+    def scaled(self, to: PlanError, of: PlanError) -> PlanError:
+        """These errors times ``to`` over ``of``."""
+        return PlanError(
+            self.energy * to.energy / max(of.energy, TINY), self.forces * to.forces / max(of.forces, TINY)
+        )
 
 
 @dataclass(frozen=True)
@@ -75,39 +83,6 @@ def split_frames(frames: Sequence[Atoms], fit_atoms: int, held_out_atoms: int, s
             f"{FOLDS}) and {len(made.held_out)} held out (at least 1). 'compactmlip sample' makes some."
         )
     return made
-
-
-def errors_on_divisions(
-    evaluator_of: Callable[[Frames], Evaluator],
-    frames: Sequence[Atoms],
-    known: Sequence[tuple[Plan, PlanError]],
-    options: SearchOptions,
-    advance: Callable[[float], None] = lambda _: None,
-) -> list[PlanError]:
-    """Errors of plans as means over several divisions of the structures.
-
-    The best of hundreds of candidates on one held-out set is partly the luckiest one on it.
-
-    Parameters
-    ----------
-    evaluator_of
-        Makes the evaluator of a division.
-    frames
-        All structures.
-    known
-        Plans, and their errors on the first division.
-    options
-        Number of divisions and their sizes.
-    advance
-        Called with 1 after each evaluation.
-    """
-    found = [[error] for _, error in known]
-    for seed in range(options.seed + 1, options.seed + options.splits):
-        evaluator = evaluator_of(split_frames(frames, options.fit_atoms, options.held_out_atoms, seed))
-        for errors, (plan, _) in zip(found, known, strict=True):
-            errors.append(evaluator.error(plan))
-            advance(1)
-    return [PlanError.mean(errors) for errors in found]
 
 
 class Evaluator:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from ase import Atoms
 from torch import nn
 
 from compactmlip.checkpoint import atomic_write_text
+from compactmlip.compress.compensate import HeldOutError
 from compactmlip.data.label import fingerprint
 from compactmlip.errors import InputError
 from compactmlip.search.options import SearchOptions
@@ -21,6 +23,53 @@ from compactmlip.search.study import Candidate, front
 
 CONTINUES = {"minutes", "candidates", "finalists", "distil_minutes"}
 """Options that may differ when a search is continued: they change none of its candidates."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """Outcome of :func:`compactmlip.search.run.search`.
+
+    Attributes
+    ----------
+    chosen
+        The best candidate that meets the target, or the one closest to it.
+    meets_target
+        Whether it does.
+    speedup
+        Measured with the finalists in turns; None if nothing was measured.
+    errors
+        Of the written checkpoint on structures that its refit had not seen; None if it was trained.
+    candidates
+        Number of plans that were evaluated.
+    """
+
+    chosen: Candidate
+    meets_target: bool
+    speedup: float | None
+    errors: HeldOutError | None
+    candidates: int
+
+    def text(self, folder: Path) -> str:
+        """One line for people."""
+        speed = "" if self.speedup is None else f", {self.speedup:.1f} times as fast"
+        verdict = "" if self.meets_target else "; the target was NOT met, this comes closest"
+        return (
+            f"wrote {folder / 'plan.json'} and {folder / 'pruned.safetensors'}: {self.chosen.plan.target}, "
+            f"held-out force MAE {self.chosen.error.forces:.1f} meV/A{speed} ({self.candidates} candidates)"
+            f"{verdict}"
+        )
+
+    def values(self, folder: Path) -> dict[str, Any]:
+        """The same for scripts."""
+        return {
+            "output": folder,
+            "plan": self.chosen.plan.target,
+            "force_mae_meV_per_A": self.chosen.error.forces,
+            "speedup": self.speedup,
+            "meets_target": self.meets_target,
+            "candidates": self.candidates,
+            "parameters": self.chosen.parameters,
+        }
 
 
 class State:

@@ -6,9 +6,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -28,10 +26,11 @@ from compactmlip.data.label import label
 from compactmlip.errors import InputError
 from compactmlip.models import model_dtype, model_spec, num_parameters, record_step, work
 from compactmlip.progress import Track
-from compactmlip.search.evaluate import Evaluator, Frames, errors_on_divisions, split_frames
+from compactmlip.search.evaluate import Evaluator, Frames, PlanError, split_frames
 from compactmlip.search.halving import successive_halving
 from compactmlip.search.options import SearchOptions
-from compactmlip.search.record import State, digest_of, identity_of, write_results
+from compactmlip.search.race import Race
+from compactmlip.search.record import Found, State, digest_of, identity_of, write_results
 from compactmlip.search.seeds import seeds
 from compactmlip.search.space import EDGE, Space
 from compactmlip.search.speed import SpeedModel, Stopwatch, probe_plans
@@ -48,53 +47,6 @@ PUNISHMENT = 4.0
 """Weight of the logarithm of an error that is too large against that of the time."""
 
 STATE = "search.json"
-
-
-@dataclass(frozen=True)
-class Found:
-    """Outcome of :func:`search`.
-
-    Attributes
-    ----------
-    chosen
-        The best candidate that meets the target, or the one closest to it.
-    meets_target
-        Whether it does.
-    speedup
-        Measured with the finalists in turns; None if nothing was measured.
-    errors
-        Of the written checkpoint on structures that its refit had not seen; None if it was trained.
-    candidates
-        Number of plans that were evaluated.
-    """
-
-    chosen: Candidate
-    meets_target: bool
-    speedup: float | None
-    errors: HeldOutError | None
-    candidates: int
-
-    def text(self, folder: Path) -> str:
-        """One line for people."""
-        speed = "" if self.speedup is None else f", {self.speedup:.1f} times as fast"
-        verdict = "" if self.meets_target else "; the target was NOT met, this comes closest"
-        return (
-            f"wrote {folder / 'plan.json'} and {folder / 'pruned.safetensors'}: {self.chosen.plan.target}, "
-            f"held-out force MAE {self.chosen.error.forces:.1f} meV/A{speed} ({self.candidates} candidates)"
-            f"{verdict}"
-        )
-
-    def values(self, folder: Path) -> dict[str, Any]:
-        """The same for scripts."""
-        return {
-            "output": folder,
-            "plan": self.chosen.plan.target,
-            "force_mae_meV_per_A": self.chosen.error.forces,
-            "speedup": self.speedup,
-            "meets_target": self.meets_target,
-            "candidates": self.candidates,
-            "parameters": self.chosen.parameters,
-        }
 
 
 def search(
@@ -156,6 +108,7 @@ class _Search:
         self.space = Space(self.shapes, options.round_to, options.criteria, odd_paths=options.odd_paths)
         self.frames: Frames = split_frames(frames, options.fit_atoms, options.held_out_atoms, options.seed)
         self.all_frames = frames
+        self.race = Race(self._evaluator, frames, options)
         big = near_size(frames[0], options.atoms)
         self.graph = build_graph(big, model_spec(teacher), torch.float32)
         self.setting = Setting(options.atoms, len(self.graph.centers) / len(big))
@@ -165,7 +118,6 @@ class _Search:
 
     def run(self) -> Found:
         begin = self.clock() - self.state.seconds
-        evaluator = self._evaluator(self.frames)
         study = Study(self.folder, self.space, self._objective, self.options.seed)
         total = 60 * self.options.minutes
         with Track("search", total, "s", enabled=self.progress) as track:
@@ -177,7 +129,7 @@ class _Search:
                 if count and self.clock() - begin > total:
                     break
                 if self.space.cuts(plan) and not study.knows(plan):
-                    study.add(self._candidate(plan, evaluator, source))
+                    study.add(self._candidate(plan, study.candidates, source))
                     best = self._ranked(study.candidates)[0]
                     note = f"{best.error.forces:.1f} meV/A at {1 / best.time:.1f}x"
                     track.advance(self.clock() - begin - self.state.seconds, note)
@@ -240,11 +192,12 @@ class _Search:
         small = options.memory is None or candidate.memory <= Budget.parse(f"memory={options.memory}").value
         return fast and exact and small
 
-    def _candidate(self, plan: Plan, evaluator: Evaluator, source: str) -> Candidate:
-        error = evaluator.error(plan)
-        return Candidate(
-            plan, error, self._time(plan), self.memory(plan), self.shapes.num_parameters(plan), source
-        )
+    def _candidate(self, plan: Plan, known: Sequence[Candidate], source: str) -> Candidate:
+        sizes = self._time(plan), self.memory(plan), self.shapes.num_parameters(plan)
+        start = Candidate(plan, PlanError(math.nan, math.nan), *sizes, source)
+        leaders = [c for c in known if self.race.is_complete(c)]
+        leader = min(leaders, key=self._objective) if leaders else None
+        return self.race.run(start, leader, self._objective)
 
     def _time(self, plan: Plan) -> float:
         return self.speed.relative_time(work(self.shapes.pruned(plan)))
@@ -318,13 +271,11 @@ class _Search:
         return Found(chosen, best in good, speedups[best], errors, len(candidates))
 
     def _checked(self, candidates: list[Candidate]) -> list[Candidate]:
-        """The best candidates, with errors that are means over several divisions of the structures."""
-        options = self.options
-        best = self._ranked(candidates)[: options.checked]
-        known = [(c.plan, c.error) for c in best]
-        with Track("check", (options.splits - 1) * len(best), "plans", enabled=self.progress) as track:
-            errors = errors_on_divisions(self._evaluator, self.all_frames, known, options, track.advance)
-        return self._ranked([replace(c, error=e) for c, e in zip(best, errors, strict=True)])
+        """The best candidates, measured in all divisions of the structures."""
+        best = self._ranked(candidates)[: self.options.checked]
+        left = sum(self.options.splits - len(c.divisions) for c in best)
+        with Track("check", max(left, 1), "plans", enabled=self.progress) as track:
+            return self._ranked([self.race.completed(c, track.advance) for c in best])
 
     def _evaluator(self, frames: Frames) -> Evaluator:
         return Evaluator(

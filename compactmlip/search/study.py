@@ -46,7 +46,8 @@ class Candidate:
     plan
         What was kept.
     error
-        On held-out structures after compensation.
+        On held-out structures after compensation: the mean over divisions of the structures, estimated where
+        not all were measured.
     time
         Predicted time of a calculation over the uncut model's.
     memory
@@ -55,6 +56,8 @@ class Candidate:
         Number of parameters.
     source
         Where the plan came from: a seed's name, "exchange" or "optuna".
+    divisions
+        Errors on the divisions that it was measured in.
     """
 
     plan: Plan
@@ -63,6 +66,7 @@ class Candidate:
     memory: float
     parameters: int
     source: str
+    divisions: tuple[PlanError, ...] = ()
 
     def row(self) -> dict[str, Any]:
         """Entry of a JSON file."""
@@ -74,6 +78,7 @@ class Candidate:
             "memory_bytes": self.memory,
             "parameters": self.parameters,
             "source": self.source,
+            "divisions": [[e.energy, e.forces] for e in self.divisions],
         }
 
     @staticmethod
@@ -87,6 +92,8 @@ class Candidate:
             row["memory_bytes"],
             row["parameters"],
             row["source"],
+            # Rows of older searches: they measured the first division only.
+            tuple(PlanError(*pair) for pair in row["divisions"]) if "divisions" in row else (error,),
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from compactmlip.search import run as module
 from compactmlip.search.evaluate import Evaluator, PlanError, split_frames
 from compactmlip.search.exchange import exchanged
 from compactmlip.search.options import SearchOptions
+from compactmlip.search.race import Race
 from compactmlip.search.run import scores_file, search
 from compactmlip.search.space import EDGE, Space
 from compactmlip.search.speed import SpeedModel, Stopwatch
@@ -126,22 +128,67 @@ def test_a_stopped_search_continues(
         search(teacher, frames, other, tmp_path, progress=False)
 
 
-def test_the_best_are_checked_on_other_divisions(
+def test_errors_are_means_over_divisions(
     teacher: nn.Module, frames: list[Atoms], tmp_path: Path, fake_speed: None
 ) -> None:
     options = SearchOptions(speedup="3x", candidates=6, **(SMALL | {"splits": 3, "checked": 2}))
     found = search(teacher, frames, options, tmp_path, progress=False)
-    rows = json.loads((tmp_path / "front.json").read_text())["candidates"]
-    (first,) = (r["force_mae_meV_per_A"] for r in rows if Plan.model_validate(r["plan"]) == found.chosen.plan)
-    errors = [first]
     shapes = Shapes(teacher)
     scores = {c: load_scores(scores_file(tmp_path, c), teacher)[0] for c in options.criteria}
-    for seed in (1, 2):
-        other = split_frames(frames, options.fit_atoms, options.held_out_atoms, seed)
-        evaluator = Evaluator(teacher, other, shapes, scores, options.damping)
+    errors = []
+    for seed in range(3):
+        division = split_frames(frames, options.fit_atoms, options.held_out_atoms, seed)
+        evaluator = Evaluator(teacher, division, shapes, scores, options.damping)
         errors.append(evaluator.error(found.chosen.plan).forces)
     assert len({*errors}) == 3
+    assert [e.forces for e in found.chosen.divisions] == pytest.approx(errors)
     assert found.chosen.error.forces == pytest.approx(sum(errors) / 3)
+    rows = json.loads((tmp_path / "front.json").read_text())["candidates"]
+    best = min(r["force_mae_meV_per_A"] for r in rows if len(r["divisions"]) == 3)
+    for row in rows:
+        measured = [forces for _, forces in row["divisions"]]
+        if len(measured) == 3:
+            assert row["force_mae_meV_per_A"] == pytest.approx(sum(measured) / 3)
+        else:
+            assert row["force_mae_meV_per_A"] > best
+
+
+class _Known:
+    """Evaluator of one division, with force errors that are given for each plan."""
+
+    def __init__(self, forces: dict[str, float], calls: list[str]) -> None:
+        self.forces, self.calls = forces, calls
+
+    def error(self, plan: Plan) -> PlanError:
+        self.calls.append(plan.target)
+        return PlanError(1.0, self.forces[plan.target])
+
+
+def test_those_far_behind_leave_the_race_with_an_estimate(frames: list[Atoms]) -> None:
+    forces = {"8x0": [10.0, 30.0, 20.0], "6x0": [11.0, 28.0, 15.0], "4x0": [11.0, 40.0, 1.0], "2x0": [12.0]}
+    calls: list[str] = []
+    divisions = iter(range(3))
+
+    def evaluator_of(_: Any) -> Any:
+        k = next(divisions)
+        return _Known({plan: errors[k] for plan, errors in forces.items() if k < len(errors)}, calls)
+
+    race = Race(evaluator_of, frames, SearchOptions(**(SMALL | {"splits": 3})))
+
+    def start(text: str) -> Candidate:
+        return Candidate(Plan.uniform(text, 1), PlanError(math.nan, math.nan), 0.3, 1e8, 77, "exchange")
+
+    def objective(candidate: Candidate) -> float:
+        return math.log(candidate.error.forces)
+
+    first = race.run(start("8x0"), None, objective)
+    assert first.error.forces == pytest.approx(20.0) and race.is_complete(first)
+    assert race.run(start("6x0"), first, objective).error.forces == pytest.approx(18.0)
+    second, third = (race.run(start(plan), first, objective) for plan in ("4x0", "2x0"))
+    assert second.error.forces == pytest.approx(25.5 * 20 / 20), "51 / 2 where the leader has 40 / 2"
+    assert third.error.forces == pytest.approx(12.0 * 20 / 10) and not race.is_complete(third)
+    assert [calls.count(plan) for plan in forces] == [3, 3, 2, 1]
+    assert race.completed(second).error.forces == pytest.approx(52 / 3)
 
 
 def test_finalists_are_trained_by_halving(
