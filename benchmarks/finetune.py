@@ -139,14 +139,14 @@ class Bench:
         return {"raw": raw, "shifted": moved, "parameters": num_parameters(model)}
 
     def trained(
-        self, model: nn.Module, name: str, lr: float, minutes: float, accept: tuple[str, ...] = ()
+        self, model: nn.Module, name: str, minutes: float, accept: tuple[str, ...] = ()
     ) -> dict[str, Any]:
         """Errors after training on the labels of the data."""
         settings = FinetuneOptions(
             max_epochs=None,
             max_minutes=minutes,
             patience=None,
-            lr=lr,
+            lr=self.options.lr,
             stress_weight=0.0,
             seed=self.seed,
             e0="least-squares",
@@ -163,29 +163,25 @@ class Bench:
         options = DistilOptions(
             max_epochs=None,
             max_minutes=DISTIL_SHARE * self.options.student_minutes,
-            lr=self.options.lr_student,
+            lr=self.options.lr,
             seed=self.seed,
         )
         folder = self.work / f"{name}-distil"
         learned = distil(self.cut(target), *self.taught, options, folder, clock=time.process_time)
         epochs = {"distil_epochs": learned.history[-1]["epoch"]}
         rest = (1 - DISTIL_SHARE) * self.options.student_minutes
-        return epochs | self.trained(learned.model, name, self.options.lr_tune, rest)
+        return epochs | self.trained(learned.model, name, rest)
 
     def direct(self, target: str) -> dict[str, Any]:
         """Cut and fine-tune, without a distillation."""
-        options = self.options
         name = f"direct-{slug(target)}"
-        return self.trained(self.cut(target), name, options.lr_student, options.student_minutes)
+        return self.trained(self.cut(target), name, self.options.student_minutes)
 
     def scratch(self, target: str) -> dict[str, Any]:
         """The same architecture with random weights, for as long as the student."""
         model = from_random(self.cut(target), self.seed)
-        options = self.options
         # What random weights predict says nothing of the data's units.
-        return self.trained(
-            model, f"scratch-{slug(target)}", options.lr_scratch, options.student_minutes, ("units",)
-        )
+        return self.trained(model, f"scratch-{slug(target)}", self.options.student_minutes, ("units",))
 
     def once(self, name: str, run: Callable[[], dict[str, Any]]) -> None:
         """Run unless the result is there already."""
@@ -205,6 +201,7 @@ def _errors(result: FinetuneResult) -> dict[str, Any]:
         "parameters": num_parameters(result.model),
         "epochs": result.history[-1]["epoch"],
         "best_epoch": result.best_epoch,
+        "lr": max(row["lr"] for row in result.history),
         "before": found.before.row(),
         "after": found.after.row(),
     }
@@ -230,7 +227,7 @@ def run(bench: Bench) -> None:
         if part == "untrained":
             bench.once("as-it-is", bench.as_it_is)
         elif part == "parent":
-            bench.once("parent", lambda: bench.trained(bench.parent(), "parent", options.lr, options.minutes))
+            bench.once("parent", lambda: bench.trained(bench.parent(), "parent", options.minutes))
         elif part == "student":
             for target in options.targets:
                 bench.once(f"student-{slug(target)}", lambda t=target: bench.student(t))
@@ -304,7 +301,8 @@ class Report:
         epochs = spread([f["epochs"] for f in found]) if trained else "–"
         rate = self.speed.get("rates", {}).get(speed)
         fast = "–" if rate is None else f"{rate:,.0f}"
-        return [title, found[0]["parameters"], fast, epochs, len(found), *cells]
+        rates = spread([f["lr"] for f in found]) if trained else "–"
+        return [title, found[0]["parameters"], fast, epochs, rates, len(found), *cells]
 
     def comparison(self) -> list[list[object]]:
         """Ratios that the paper states, seed by seed."""
@@ -345,13 +343,11 @@ def write_report(options: argparse.Namespace) -> None:
         f"{DISTIL_SHARE:.0%} of it for the distillation on frames "
         f"that the fine-tuned parent labels ({options.copies} perturbed copies of each training frame among "
         "them) and the rest for fine-tuning; validation frames, held out of the training frames, chose the "
-        f"epoch. Seeds: {seeds}; ± is the standard deviation from seed to seed. Learning rates "
-        f"{options.lr:g} (parent), {options.lr_student:g} (distillation), {options.lr_tune:g} (students' "
-        f"fine-tuning), {options.lr_scratch:g} (from random weights)."
+        f"epoch. Seeds: {seeds}; ± is the standard deviation from seed to seed."
     )
     if made.speed:
         text += f" Atoms/s: float32 kernels, {made.speed['atoms']} atoms, one thread, taking turns."
-    columns = ("model", "parameters", "atoms/s", "epochs", "seeds", *(name for name, _ in COLUMNS))
+    columns = ("model", "parameters", "atoms/s", "epochs", "peak lr", "seeds", *(name for name, _ in COLUMNS))
     text += "\n\n" + table(columns, made.rows())
     text += "\nMean absolute errors of the fine-tuned students over those of others (below 1 is better).\n\n"
     names = [f"{q} / {who}" for who in ("fine-tuned parent", "random weights") for q in ("E", "F")]
@@ -382,10 +378,7 @@ def main() -> None:
     options_parser.add_argument("--copies", type=int, default=1, help="perturbed copies of a training frame")
     options_parser.add_argument("--minutes", type=float, default=15.0, help="processor time of the parent")
     options_parser.add_argument("--student-minutes", type=float, default=20.0, help="of each other model")
-    options_parser.add_argument("--lr", type=float, default=5e-3)
-    options_parser.add_argument("--lr-student", type=float, default=1e-2)
-    options_parser.add_argument("--lr-tune", type=float, default=2e-3, help="of distilled students")
-    options_parser.add_argument("--lr-scratch", type=float, default=1e-1)
+    options_parser.add_argument("--lr", type=float, help="peak rate of all trainings; follows the start")
     options_parser.add_argument("--every", type=int, default=1, help="use every n-th training frame")
     options_parser.add_argument("--seed", type=int, default=0)
     options = options_parser.parse_args()

@@ -162,7 +162,7 @@ def main() -> None:
     options_parser.add_argument("--calibration", type=int, default=2300, help="atoms for compensation")
     options_parser.add_argument("--targets", nargs="+", default=["l <= 2"], choices=list(TARGETS))
     options_parser.add_argument("--minutes", type=float, default=20.0, help="processor time of a training")
-    options_parser.add_argument("--lr", type=float, default=5e-4)
+    options_parser.add_argument("--lr", type=float, help="peak rate; follows the start")
     options_parser.add_argument("--batch-atoms", type=int, default=32)
     options_parser.add_argument("--seed", type=int, default=0)
     options = options_parser.parse_args()
@@ -176,11 +176,12 @@ def main() -> None:
         rows.append(row(f"{target}, distilled", bench.distilled(target), tests))
     rows.append(row("7net-0", load_model("7net-0", dtype=torch.float32), tests))
     sizes = {name: (len(f), sum(map(len, f))) for name, f in bench.frames.items()}
+    given = "" if options.lr is None else f" --lr {options.lr:g}"
     text = header(
         "General-purpose compression",
         f"python benchmarks/general.py FRAMES.xyz --work DIR --minutes {options.minutes:g} "
         f"--more FRAMES.xyz --copies {options.copies} --max-atoms {options.max_atoms} "
-        f"--batch-atoms {options.batch_atoms} --lr {options.lr:g}",
+        f"--batch-atoms {options.batch_atoms}{given}",
     )
     listed = ", ".join(f"{name} {n} frames ({atoms} atoms)" for name, (n, atoms) in sizes.items())
     text += (

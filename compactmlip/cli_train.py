@@ -32,6 +32,9 @@ _Labelled = Annotated[
     list[Path], typer.Option("--train", help="Labelled structures, anything that ASE reads.")
 ]
 _Some = list[Path] | None
+_Rate = Annotated[
+    float | None, typer.Option(help="Peak learning rate; by default from the force error of the start.")
+]
 
 
 def distil(
@@ -106,7 +109,7 @@ def finetune(
     output: Output = None,
     minutes: Annotated[float | None, typer.Option(help="Wall-clock budget of the training.")] = None,
     epochs: Annotated[int | None, typer.Option(help="Passes over the training structures.")] = None,
-    lr: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
+    lr: _Rate = None,
     e0: Annotated[
         str | None,
         typer.Option(help="auto, isolated, least-squares, parent, or energies such as Si=-0.8,O=-1.5 (eV)."),
@@ -195,7 +198,7 @@ def retrain(
     ] = None,
     minutes: Annotated[float | None, typer.Option(help="Wall-clock budget of the training.")] = None,
     epochs: Annotated[int | None, typer.Option(help="Passes over the training structures.")] = None,
-    lr: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
+    lr: _Rate = None,
     hessian: Annotated[
         float | None, typer.Option(help="Weight of the teacher's Hessian; needs 'label --hessian'.")
     ] = None,

@@ -156,4 +156,5 @@ def record_training(
         "stopped_because": state.counters.stopped,
         "valid_errors": errors.row(),
     }
-    record_step(model, action, **options.model_dump(mode="json"), **done, **more)
+    used = options.model_dump(mode="json") | {"lr": options.lr or state.counters.peak_lr}
+    record_step(model, action, **used, **done, **more)

@@ -21,33 +21,14 @@ from compactmlip.train.loss import loss_terms, number_of_entries, residuals
 from compactmlip.train.metrics import dataset_residuals, summarise
 from compactmlip.train.options import TrainOptions
 from compactmlip.train.ranks import current_ranks
+from compactmlip.train.rate import learning_rate, peak_rate
 from compactmlip.train.state import RunFolder, TrainingState
 
 CHECK_EVERY = 16
 """Steps between looks at the loss: each look waits for the device."""
 
-SMALLEST_FINAL = 1e-4
-"""Smallest last learning rate over the peak of an exponential schedule."""
-
 TRAINING_COST, VALIDATION_SHARE = 5.0, 0.1
 """Cost of a training step over an evaluation; share of the time that validations may take."""
-
-
-def learning_rate(fraction: float, options: TrainOptions) -> float:
-    """Learning rate when ``fraction`` (0 to 1) of the budget is used: linear warm-up, then the schedule.
-
-    Cosine and linear schedules end at ``final_lr`` times the peak, as does an exponential one, in which the
-    rate falls by equal factors in equal times.  "plateau" is constant here: it looks at the validations.
-    """
-    if fraction < options.warmup:
-        return options.lr * max(fraction / options.warmup, options.final_lr)
-    phase = min((fraction - options.warmup) / (1 - options.warmup), 1.0)
-    if options.schedule in ("constant", "plateau"):
-        return options.lr
-    if options.schedule == "exponential":
-        return options.lr * max(options.final_lr, SMALLEST_FINAL) ** phase
-    left = 1 - phase if options.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * phase))
-    return options.lr * (options.final_lr + (1 - options.final_lr) * left)
 
 
 def fit(
@@ -180,7 +161,8 @@ class _Run:
     def rate(self) -> float:
         """Learning rate of the present step."""
         now = self.state.counters
-        return learning_rate(self.used(), self.options) * now.lr_factor * now.plateau_factor
+        now.peak_lr = now.peak_lr or peak_rate(self.options, now.history[0], self.valid)
+        return learning_rate(self.used(), now.peak_lr, self.options) * now.lr_factor * now.plateau_factor
 
     def with_hessian(self, batch: LabelledBatch) -> LabelledBatch:
         """Leave those Hessian labels in a batch that the present step uses."""

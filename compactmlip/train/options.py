@@ -23,16 +23,20 @@ resumed with others."""
 class TrainOptions(BaseModel):
     """How to train.
 
-    The learning rate rises linearly during the warm-up, then falls along the schedule.  Both follow the
-    fraction of the budget that is used: of ``max_epochs``, or of ``max_minutes`` of wall-clock time
-    (validation included, over all resumed parts), whichever is further.  The schedule "plateau" multiplies
-    the rate with ``plateau_factor`` whenever more than ``plateau_patience`` epochs brought no better
-    validation loss.
+    The learning rate rises linearly during the warm-up, then falls along the schedule; its peak follows from
+    the start where none is given (:func:`compactmlip.train.rate.peak_rate`).  Both follow the fraction of
+    the budget that is used: of ``max_epochs``, or of ``max_minutes`` of wall-clock time (validation included,
+    over all resumed parts), whichever is further.  The schedule "plateau" multiplies the rate with
+    ``plateau_factor`` whenever more than ``plateau_patience`` epochs brought no better validation loss.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    lr: float = Field(default=5e-3, gt=0, description="peak learning rate; weights are of order one")
+    lr: float | None = Field(
+        default=None,
+        gt=0,
+        description="peak learning rate; by default in proportion to the force error of the start",
+    )
     schedule: Schedule = Field(
         default="cosine", description="cosine, linear, exponential, constant or plateau"
     )

@@ -42,6 +42,7 @@ class Counters:
     steps: int = 0
     elapsed: float = 0.0
     lr: float = 0.0
+    peak_lr: float = 0.0
     lr_factor: float = 1.0
     retries: int = 0
     best_loss: float | None = None
@@ -144,9 +145,10 @@ class TrainingState:
 def make_optimizer(model: nn.Module, options: TrainOptions) -> torch.optim.Optimizer:
     """Optimiser of all weights of a model."""
     weights, decay = model.parameters(), options.weight_decay
+    lr = options.lr or 1.0  # the loop sets it in each step
     if options.optimizer == "soap":
-        return Soap(weights, options.lr, weight_decay=decay)
-    return torch.optim.AdamW(weights, options.lr, weight_decay=decay, amsgrad=options.amsgrad, foreach=True)
+        return Soap(weights, lr, weight_decay=decay)
+    return torch.optim.AdamW(weights, lr, weight_decay=decay, amsgrad=options.amsgrad, foreach=True)
 
 
 def make_folder(path: Path) -> None:

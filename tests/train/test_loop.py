@@ -22,6 +22,7 @@ from compactmlip.train.distil import BEST_FILE, DistilOptions, DistilResult, dis
 from compactmlip.train.ema import WeightAverage
 from compactmlip.train.metrics import evaluate
 from compactmlip.train.options import TrainOptions
+from compactmlip.train.rate import learning_rate
 from compactmlip.train.state import HISTORY_FILE, STATE_FILE
 
 
@@ -243,23 +244,23 @@ def test_budget_that_is_too_short_returns_the_student(
 
 
 def test_schedule() -> None:
-    plan = TrainOptions(lr=2.0, warmup=0.1, final_lr=0.01)
-    assert loop.learning_rate(0.0, plan) == pytest.approx(0.02)
-    assert loop.learning_rate(0.05, plan) == pytest.approx(1.0)
-    assert loop.learning_rate(0.1, plan) == pytest.approx(2.0)
-    assert loop.learning_rate(0.55, plan) == pytest.approx(2.0 * 0.505)
-    assert loop.learning_rate(1.0, plan) == loop.learning_rate(1.5, plan) == pytest.approx(0.02)
+    plan = TrainOptions(warmup=0.1, final_lr=0.01)
+    assert learning_rate(0.0, 2.0, plan) == pytest.approx(0.02)
+    assert learning_rate(0.05, 2.0, plan) == pytest.approx(1.0)
+    assert learning_rate(0.1, 2.0, plan) == pytest.approx(2.0)
+    assert learning_rate(0.55, 2.0, plan) == pytest.approx(2.0 * 0.505)
+    assert learning_rate(1.0, 2.0, plan) == learning_rate(1.5, 2.0, plan) == pytest.approx(0.02)
 
 
 @pytest.mark.parametrize(
     ("schedule", "middle", "end"), [("linear", 0.505, 0.01), ("exponential", 0.1, 0.01), ("constant", 1, 1)]
 )
 def test_other_schedules(schedule: Any, middle: float, end: float) -> None:
-    plan = TrainOptions(lr=2.0, warmup=0.1, final_lr=0.01, schedule=schedule)
-    assert loop.learning_rate(0.05, plan) == pytest.approx(1.0)
-    assert loop.learning_rate(0.1, plan) == pytest.approx(2.0)
-    assert loop.learning_rate(0.55, plan) == pytest.approx(2.0 * middle)
-    assert loop.learning_rate(1.0, plan) == pytest.approx(2.0 * end)
+    plan = TrainOptions(warmup=0.1, final_lr=0.01, schedule=schedule)
+    assert learning_rate(0.05, 2.0, plan) == pytest.approx(1.0)
+    assert learning_rate(0.1, 2.0, plan) == pytest.approx(2.0)
+    assert learning_rate(0.55, 2.0, plan) == pytest.approx(2.0 * middle)
+    assert learning_rate(1.0, 2.0, plan) == pytest.approx(2.0 * end)
 
 
 def test_nan_goes_back_with_half_the_learning_rate(
