@@ -25,7 +25,7 @@ from dataclasses import replace
 from functools import cache, cached_property
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -34,10 +34,12 @@ from common import from_random, header, parser, report, table
 from torch import nn
 
 from compactmlip.compress.compress import compress
+from compactmlip.compress.reshape import cut_layers
 from compactmlip.data.graph import GraphBatch, build_graph
 from compactmlip.data.read import read_labelled
 from compactmlip.families import load_model
 from compactmlip.models import cast, mace_stages, model_spec, num_parameters
+from compactmlip.models.reshape import LastReadout
 from compactmlip.models.stages import Stage
 from compactmlip.train.dataset import Dataset
 from compactmlip.train.distil import DistilOptions, distil
@@ -195,6 +197,21 @@ def shares(bench: Bench) -> None:
             bench.once(label, run)
 
 
+def depth(bench: Bench) -> None:
+    """One layer instead of two, with each kind of last readout, before and after training."""
+    order = np.random.default_rng(0).permutation(450)
+    for kind in get_args(LastReadout):
+        made = cut_layers(bench.teacher, 1, graphs=bench.graphs(order[:CALIBRATION]), readout=kind)
+        label = f"depth {kind}"
+
+        def run(model: nn.Module = made, label: str = label) -> dict[str, Any]:
+            before = {f"{k} before": v for k, v in bench.errors(model).items()}
+            found = bench.trained(model, label, bench.options.minutes, bench.options.lr)
+            return {"parameters": num_parameters(model), **before, **found}
+
+        bench.once(label, run)
+
+
 def ranking(bench: Bench) -> None:
     """Errors of C32 to C16 for each criterion and calibration set, before and after a short training."""
     for seed in range(bench.options.seeds):
@@ -334,12 +351,21 @@ def write_shares(bench: Bench) -> None:
             columns = ["epochs", *KEYS]
             names = [f"{c}, {kind}" for c in columns for kind in ("pruned", "random")]
             text += f"\n{name}, shares of the {what}.\n\n" + table((what, *names), rows)
+    rows = [
+        [kind, found["parameters"], int(found["epochs"]), *shown(found)]
+        for kind in get_args(LastReadout)
+        if (found := bench.result(f"depth {kind}"))
+    ]
+    if rows:
+        text += "\nTwo layers cut to one, and trained for all of the time; kinds of the last readout.\n\n"
+        text += table(("readout", "parameters", "epochs", *KEYS), rows)
     report(text, options.output)
 
 
 PARTS = {
     "cuts": cuts,
     "shares": shares,
+    "depth": depth,
     "ranking": ranking,
     "stages": stages,
     "report": write_report,
