@@ -18,6 +18,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from ase import Atoms
 from ase.build import bulk
@@ -117,6 +118,29 @@ def trained(case: Case, weight: float, every: int, seed: int, minutes: float) ->
     return row
 
 
+def summary(rows: list[list[object]]) -> str:
+    """Table of means over seeds, and of the ratios to the training without the Hessian, seed by seed."""
+    chosen = ("E (meV/atom)", "F (meV/Å)", "S (meV/Å³)", "phonons, mean error (THz)", "largest (THz)")
+    places = [COLUMNS.index(name) for name in chosen]
+    trained: dict[tuple[object, object], dict[object, list[float]]] = {}
+    for material, how, seed, *rest in rows:
+        values = [([material, how, seed, *rest])[k] for k in places]
+        if how != "before training" and all(isinstance(v, float) for v in values):
+            trained.setdefault((material, how), {})[seed] = [float(str(v)) for v in values]
+    lines: list[list[object]] = []
+    for (material, how), seeds in trained.items():
+        plain = trained.get((material, "no Hessian"), {})
+        pairs = [np.divide(values, plain[seed]) for seed, values in seeds.items() if seed in plain]
+        means = np.mean(list(seeds.values()), axis=0)
+        cells = [
+            f"{mean:#.3g} ({ratio:.2f} ± {spread:.2f})"
+            for mean, ratio, spread in zip(means, np.mean(pairs, axis=0), np.std(pairs, axis=0), strict=True)
+        ]
+        lines.append([material, how, len(seeds), *cells])
+    note = "\nMeans over seeds; in parentheses the ratio to no Hessian, with its standard deviation.\n\n"
+    return note + table(("material", "training", "seeds", *chosen), lines)
+
+
 def main() -> None:
     options_parser = parser(__doc__)
     options_parser.add_argument("--teacher", default="7net-l3i5", help="name or checkpoint")
@@ -147,11 +171,14 @@ def main() -> None:
         rows.append([name, "before training", "-", 0, 0, *measured(case, case.start)])
         # Seeds outermost: a change of the machine's speed meets all kinds of training alike.
         rows += [trained(case, w, n, seed, options.minutes) for seed in options.seeds for w, n in runs]
-    how = f"--minutes {options.minutes:g} --frames {options.frames} --directions {options.directions}"
+    how = f"--minutes {options.minutes:g} --frames {options.frames} --directions {options.directions} "
+    for name in ("weights", "every", "seeds"):
+        how += f"--{name} " + " ".join(f"{value:g}" for value in getattr(options, name)) + " "
+    how = how.rstrip()
     text = header("Hessian distillation at equal time", f"python benchmarks/hessian.py {how}")
     note = f"\n{options.minutes:g} minutes of processor time for each training; "
     note += f"{options.teacher} -> {options.to}.\n\n"
-    report(text + note + "\n".join(notes) + "\n\n" + table(COLUMNS, rows), options.output)
+    report(text + note + "\n".join(notes) + "\n\n" + table(COLUMNS, rows) + summary(rows), options.output)
 
 
 if __name__ == "__main__":
