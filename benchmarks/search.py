@@ -40,10 +40,11 @@ from compactmlip.models import model_dtype, model_spec, num_parameters, work
 from compactmlip.search.evaluate import Evaluator, Frames, PlanError, split_frames
 from compactmlip.search.options import SearchOptions
 from compactmlip.search.race import Race
-from compactmlip.search.run import MARGIN, scores_file, search
+from compactmlip.search.run import MARGIN, search
 from compactmlip.search.space import Space
 from compactmlip.search.speed import SpeedModel, Stopwatch
 from compactmlip.search.study import Candidate
+from compactmlip.search.workers import scores_file
 from compactmlip.validate.supercells import near_size
 
 UNIFORM = (

@@ -272,6 +272,7 @@ def search(
     output: Output = None,
     minutes: Annotated[float | None, typer.Option(help="Time for the search.")] = None,
     candidates: Annotated[int | None, typer.Option(help="Number of candidates.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Processes that evaluate candidates.")] = None,
     distil_minutes: Annotated[
         float | None, typer.Option(help="Then train the best few, by successive halving, for so long.")
     ] = None,
@@ -298,6 +299,7 @@ def search(
         memory=memory,
         minutes=minutes,
         candidates=candidates,
+        workers=workers,
         distil_minutes=distil_minutes,
         seed=seed,
     )

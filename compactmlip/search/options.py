@@ -30,6 +30,7 @@ class SearchOptions(BaseModel):
     held_out_atoms: int = Field(600, ge=1, description="atoms that their errors are measured on")
     checked: int = Field(12, ge=1, description="best candidates, measured in all divisions in the end")
     splits: int = Field(3, ge=1, description="divisions of the structures that errors are means over")
+    workers: int = Field(1, ge=1, description="processes that evaluate candidates, with one thread each")
     damping: float = Field(1.0, gt=0, description="factor on the penalties of the refits")
     finalists: int = Field(4, ge=1, description="plans whose speed is measured again in the end")
     repeats: int = Field(5, ge=1, description="timed calculations of each model; medians count")

@@ -12,14 +12,31 @@ from dataclasses import replace
 
 from ase import Atoms
 
-from compactmlip.search.evaluate import Evaluator, Frames, PlanError, split_frames
+from compactmlip.search.evaluate import TINY, Evaluator, Frames, PlanError, split_frames
 from compactmlip.search.options import SearchOptions
 from compactmlip.search.study import Candidate
 
 LAG = math.log(1.15)
 """How far a candidate may be behind the leader (in the objective) and still run in the next division."""
 
-Objective = Callable[[Candidate], float]
+PUNISHMENT = 4.0
+"""Weight of the logarithm of an error that is too large against that of the time."""
+
+
+class Objective:
+    """What a search minimises: the error at the wanted speed, or the time at the wanted error."""
+
+    def __init__(self, options: SearchOptions) -> None:
+        self.options = options
+
+    def __call__(self, candidate: Candidate) -> float:
+        """Logarithm of the error or of the time, and what is added to it."""
+        options = self.options
+        error = math.log(max(candidate.error.forces, TINY))
+        if options.force_mae is not None and options.factor is None:
+            return math.log(candidate.time) + PUNISHMENT * max(0.0, error - math.log(options.force_mae))
+        # Where all speeds count, errors are compared at equal speed; they rise about as its square root.
+        return error if options.factor is not None else error + 0.5 * math.log(candidate.time)
 
 
 class Race:
@@ -39,9 +56,10 @@ class Race:
         self, evaluator_of: Callable[[Frames], Evaluator], frames: Sequence[Atoms], options: SearchOptions
     ) -> None:
         self.evaluator_of, self.frames, self.options = evaluator_of, frames, options
+        self.objective = Objective(options)
         self.evaluators: dict[int, Evaluator] = {}
 
-    def run(self, start: Candidate, leader: Candidate | None, objective: Objective) -> Candidate:
+    def run(self, start: Candidate, leader: Candidate | None) -> Candidate:
         """Measure a candidate, in further divisions while it is not far behind the leader.
 
         Errors of one that fell behind are estimated for all divisions: the leader's there, times the ratio of
@@ -53,9 +71,8 @@ class Race:
             The candidate; its errors are ignored.
         leader
             The best one that ran in all divisions, if there is one.
-        objective
-            What is minimised; the logarithm of the error, as far as the error goes.
         """
+        objective = self.objective
         errors: list[PlanError] = []
         for k in range(self.options.splits):
             errors.append(self._evaluator(k).error(start.plan))

@@ -21,7 +21,7 @@ from compactmlip.search.options import SearchOptions
 from compactmlip.search.picture import plot_front
 from compactmlip.search.study import Candidate, front
 
-CONTINUES = {"minutes", "candidates", "finalists", "distil_minutes"}
+CONTINUES = {"minutes", "candidates", "finalists", "distil_minutes", "workers"}
 """Options that may differ when a search is continued: they change none of its candidates."""
 
 

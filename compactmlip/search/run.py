@@ -26,15 +26,16 @@ from compactmlip.data.label import label
 from compactmlip.errors import InputError
 from compactmlip.models import model_dtype, model_spec, num_parameters, record_step, work
 from compactmlip.progress import Track
-from compactmlip.search.evaluate import Evaluator, Frames, PlanError, split_frames
+from compactmlip.search.evaluate import Frames, PlanError, split_frames
 from compactmlip.search.halving import successive_halving
 from compactmlip.search.options import SearchOptions
-from compactmlip.search.race import Race
+from compactmlip.search.race import Objective
 from compactmlip.search.record import Found, State, digest_of, identity_of, write_results
 from compactmlip.search.seeds import seeds
 from compactmlip.search.space import EDGE, Space
 from compactmlip.search.speed import SpeedModel, Stopwatch, probe_plans
 from compactmlip.search.study import Candidate, Study
+from compactmlip.search.workers import Workers, open_workers, scores_file
 from compactmlip.validate.supercells import near_size
 
 SPEEDS = (2.0, 4.0, 8.0, 16.0)
@@ -42,9 +43,6 @@ SPEEDS = (2.0, 4.0, 8.0, 16.0)
 
 MARGIN = 0.97
 """Candidates aim at this share of the time that is allowed: predictions err by a few per cent."""
-
-PUNISHMENT = 4.0
-"""Weight of the logarithm of an error that is too large against that of the time."""
 
 STATE = "search.json"
 
@@ -85,11 +83,6 @@ def search(
     return _Search(teacher, list(frames), options, Path(folder), progress, clock).run()
 
 
-def scores_file(folder: Path, criterion: str) -> Path:
-    """Where a search keeps the scores of one criterion."""
-    return folder / f"scores-{criterion}.safetensors"
-
-
 class _Search:
     def __init__(
         self,
@@ -108,7 +101,7 @@ class _Search:
         self.space = Space(self.shapes, options.round_to, options.criteria, odd_paths=options.odd_paths)
         self.frames: Frames = split_frames(frames, options.fit_atoms, options.held_out_atoms, options.seed)
         self.all_frames = frames
-        self.race = Race(self._evaluator, frames, options)
+        self.objective = Objective(options)
         big = near_size(frames[0], options.atoms)
         self.graph = build_graph(big, model_spec(teacher), torch.float32)
         self.setting = Setting(options.atoms, len(self.graph.centers) / len(big))
@@ -117,24 +110,42 @@ class _Search:
         self.speed = self._speed()
 
     def run(self) -> Found:
+        study = Study(self.folder, self.space, self.objective, self.options.seed)
+        with open_workers(self.teacher, self.all_frames, self.options, self.folder) as workers:
+            self._explore(study, workers)
+            checked = self._checked(study.candidates, workers) if study.candidates else []
+        return self._finish(study.candidates, checked)
+
+    def _explore(self, study: Study, workers: Workers) -> None:
+        """Evaluate candidates until the time is up."""
         begin = self.clock() - self.state.seconds
-        study = Study(self.folder, self.space, self._objective, self.options.seed)
         total = 60 * self.options.minutes
         with Track("search", total, "s", enabled=self.progress) as track:
             track.advance(min(self.state.seconds, total))
-            for source, plan in self._plans(study):
-                count = len(study.candidates)
-                if self.options.candidates is not None and count >= self.options.candidates:
-                    break
-                if count and self.clock() - begin > total:
-                    break
-                if self.space.cuts(plan) and not study.knows(plan):
-                    study.add(self._candidate(plan, study.candidates, source))
-                    best = self._ranked(study.candidates)[0]
-                    note = f"{best.error.forces:.1f} meV/A at {1 / best.time:.1f}x"
-                    track.advance(self.clock() - begin - self.state.seconds, note)
-                    self.state.save(seconds=self.clock() - begin)
-        return self._finish(study.candidates)
+            for candidate in workers.evaluated(self._starts(study, begin), lambda: self._leader(study)):
+                study.add(candidate)
+                best = self._ranked(study.candidates)[0]
+                note = f"{best.error.forces:.1f} meV/A at {1 / best.time:.1f}x"
+                track.advance(self.clock() - begin - self.state.seconds, note)
+                self.state.save(seconds=self.clock() - begin)
+
+    def _starts(self, study: Study, begin: float) -> Iterator[Candidate]:
+        """Candidates to evaluate, each once, until time or number are used up."""
+        most = math.inf if self.options.candidates is None else self.options.candidates
+        count = len(study.candidates)
+        for source, plan in self._plans(study):
+            if count >= most or (count and self.clock() - begin > 60 * self.options.minutes):
+                return
+            if self.space.cuts(plan) and not study.knows(plan):
+                study.expect(plan)
+                count += 1
+                sizes = self._time(plan), self.memory(plan), self.shapes.num_parameters(plan)
+                yield Candidate(plan, PlanError(math.nan, math.nan), *sizes, source)
+
+    def _leader(self, study: Study) -> Candidate | None:
+        """The best candidate that was measured in all divisions."""
+        whole = [c for c in study.candidates if len(c.divisions) == self.options.splits]
+        return min(whole, key=self.objective) if whole else None
 
     def _plans(self, study: Study) -> Iterator[tuple[str, Plan]]:
         """First plans of known kinds, then the optimiser's."""
@@ -173,17 +184,9 @@ class _Search:
         """Relative time for a speed-up, or that of the smallest plan where it is not as fast."""
         return max(1 / speedup, 1.02 * self._time(self.space.plan({EDGE: 0})))
 
-    def _objective(self, candidate: Candidate) -> float:
-        """What is minimised: the error at the wanted speed, or the time at the wanted error."""
-        error = math.log(max(candidate.error.forces, 1e-9))
-        if self.options.force_mae is not None and self.options.factor is None:
-            return math.log(candidate.time) + PUNISHMENT * max(0.0, error - math.log(self.options.force_mae))
-        # Where all speeds count, errors are compared at equal speed; they rise about as its square root.
-        return error if self.options.factor is not None else error + 0.5 * math.log(candidate.time)
-
     def _ranked(self, candidates: Sequence[Candidate]) -> list[Candidate]:
         """Candidates that meet the target first, best first."""
-        return sorted(candidates, key=lambda c: (not self._meets(c, 1 / c.time), self._objective(c)))
+        return sorted(candidates, key=lambda c: (not self._meets(c, 1 / c.time), self.objective(c)))
 
     def _meets(self, candidate: Candidate, speedup: float) -> bool:
         options = self.options
@@ -191,13 +194,6 @@ class _Search:
         exact = options.force_mae is None or candidate.error.forces <= options.force_mae
         small = options.memory is None or candidate.memory <= Budget.parse(f"memory={options.memory}").value
         return fast and exact and small
-
-    def _candidate(self, plan: Plan, known: Sequence[Candidate], source: str) -> Candidate:
-        sizes = self._time(plan), self.memory(plan), self.shapes.num_parameters(plan)
-        start = Candidate(plan, PlanError(math.nan, math.nan), *sizes, source)
-        leaders = [c for c in known if self.race.is_complete(c)]
-        leader = min(leaders, key=self._objective) if leaders else None
-        return self.race.run(start, leader, self._objective)
 
     def _time(self, plan: Plan) -> float:
         return self.speed.relative_time(work(self.shapes.pruned(plan)))
@@ -233,7 +229,7 @@ class _Search:
         checkpoint.atomic_write_text(path, made.model_dump_json(indent=1) + "\n")
         return made
 
-    def _finish(self, candidates: list[Candidate]) -> Found:
+    def _finish(self, candidates: list[Candidate], checked: list[Candidate]) -> Found:
         if not candidates:
             fastest = 1 / self._time(self.space.plan({EDGE: 0}))
             raise InputError(
@@ -241,7 +237,7 @@ class _Search:
                 f"as the uncut model with {len(self.graph.species)} atoms. Ask for less, or time more atoms "
                 "(--set atoms=512)."
             )
-        finalists, speedups = self._finalists(self._checked(candidates))
+        finalists, speedups = self._finalists(checked)
         good = [k for k, c in enumerate(finalists) if self._meets(c, speedups[k])]
         best = good[0] if good else self._closest(finalists, speedups)
         errors: HeldOutError | None = None
@@ -270,17 +266,12 @@ class _Search:
         write_results(self.folder, self.options, about, candidates, chosen, measured)
         return Found(chosen, best in good, speedups[best], errors, len(candidates))
 
-    def _checked(self, candidates: list[Candidate]) -> list[Candidate]:
+    def _checked(self, candidates: list[Candidate], workers: Workers) -> list[Candidate]:
         """The best candidates, measured in all divisions of the structures."""
         best = self._ranked(candidates)[: self.options.checked]
         left = sum(self.options.splits - len(c.divisions) for c in best)
         with Track("check", max(left, 1), "plans", enabled=self.progress) as track:
-            return self._ranked([self.race.completed(c, track.advance) for c in best])
-
-    def _evaluator(self, frames: Frames) -> Evaluator:
-        return Evaluator(
-            self.teacher, frames, self.shapes, self.scores, self.options.damping, self.options.seed
-        )
+            return self._ranked(workers.completed(best, track.advance))
 
     def _finalists(self, candidates: list[Candidate]) -> tuple[list[Candidate], list[float]]:
         """The best candidates and their measured speed-ups; a second lot if the first is too slow."""
@@ -298,7 +289,7 @@ class _Search:
                 break
             off = float(np.median([t / c.time for t, c in zip(times, lot, strict=True)]))
             left = [c for c in candidates if c not in finalists and self._meets(c, 1 / (off * c.time))]
-            ranked = sorted(left, key=self._objective)
+            ranked = sorted(left, key=self.objective)
         return finalists, speedups
 
     def _closest(self, finalists: Sequence[Candidate], speedups: Sequence[float]) -> int:

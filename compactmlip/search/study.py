@@ -131,6 +131,7 @@ class Study:
             )
             self.random = optuna.samplers.RandomSampler(seed=seed + started)
         self.rng = np.random.default_rng((seed, started))
+        self.expected: set[str] = set()
         for trial in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
             self.study.tell(trial.number, state=TrialState.FAIL)
 
@@ -141,9 +142,13 @@ class Study:
         return [Candidate.of(trial.user_attrs["candidate"]) for trial in done]
 
     def knows(self, plan: Plan) -> bool:
-        """Whether a plan was evaluated, or another one that leaves the same."""
+        """Whether a plan was evaluated or is expected, or another one that leaves the same."""
         wanted = self.space.effect(plan)
-        return any(self.space.effect(c.plan) == wanted for c in self.candidates)
+        return wanted in self.expected or any(self.space.effect(c.plan) == wanted for c in self.candidates)
+
+    def expect(self, plan: Plan) -> None:
+        """Remember that a plan is being evaluated."""
+        self.expected.add(self.space.effect(plan))
 
     def add(self, candidate: Candidate) -> None:
         """Write a candidate down."""

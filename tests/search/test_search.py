@@ -23,15 +23,16 @@ from compactmlip.compress.scores_file import load_scores
 from compactmlip.errors import InputError
 from compactmlip.models import model_spec
 from compactmlip.models.workload import Work
-from compactmlip.search import run as module
+from compactmlip.search import evaluate, run as module
 from compactmlip.search.evaluate import Evaluator, PlanError, split_frames
 from compactmlip.search.exchange import exchanged
 from compactmlip.search.options import SearchOptions
 from compactmlip.search.race import Race
-from compactmlip.search.run import scores_file, search
+from compactmlip.search.run import search
 from compactmlip.search.space import EDGE, Space
 from compactmlip.search.speed import SpeedModel, Stopwatch
 from compactmlip.search.study import Candidate, Study, front
+from compactmlip.search.workers import scores_file
 
 SMALL = {"atoms": 16, "round_to": 2, "fit_atoms": 24, "held_out_atoms": 8, "repeats": 1, "minutes": 5.0}
 SMALL |= {"splits": 1}
@@ -108,7 +109,7 @@ def test_a_stopped_search_continues(
     """A search that dies in its fourth candidate keeps three, and does not evaluate them again."""
     options = SearchOptions(speedup="3x", candidates=6, **SMALL)
     evaluated: list[str] = []
-    real = module.Evaluator.error
+    real = evaluate.Evaluator.error
 
     def dies(self: Any, plan: Plan) -> PlanError:
         evaluated.append(plan.to_json())
@@ -116,7 +117,7 @@ def test_a_stopped_search_continues(
             raise KeyboardInterrupt
         return real(self, plan)
 
-    monkeypatch.setattr(module.Evaluator, "error", dies)
+    monkeypatch.setattr(evaluate.Evaluator, "error", dies)
     with pytest.raises(KeyboardInterrupt):
         search(teacher, frames, options, tmp_path, progress=False)
     found = search(teacher, frames, options, tmp_path, progress=False)
@@ -153,6 +154,21 @@ def test_errors_are_means_over_divisions(
             assert row["force_mae_meV_per_A"] > best
 
 
+def test_several_processes_find_the_same(
+    teacher: nn.Module, frames: list[Atoms], tmp_path: Path, fake_speed: None
+) -> None:
+    """The first plans do not depend on what comes of others; which one is ready first does not matter."""
+    options = SearchOptions(speedup="3x", candidates=4, **SMALL)
+    found = []
+    for workers in (1, 2):
+        folder = tmp_path / str(workers)
+        search(teacher, frames, options.model_copy(update={"workers": workers}), folder, progress=False)
+        rows = json.loads((folder / "front.json").read_text())["candidates"]
+        found.append({json.dumps(row["plan"]): row["force_mae_meV_per_A"] for row in rows})
+        assert not list(folder.glob("workers-*"))
+    assert len(found[0]) == 4 and found[1] == pytest.approx(found[0], rel=1e-9)
+
+
 class _Known:
     """Evaluator of one division, with force errors that are given for each plan."""
 
@@ -173,18 +189,15 @@ def test_those_far_behind_leave_the_race_with_an_estimate(frames: list[Atoms]) -
         k = next(divisions)
         return _Known({plan: errors[k] for plan, errors in forces.items() if k < len(errors)}, calls)
 
-    race = Race(evaluator_of, frames, SearchOptions(**(SMALL | {"splits": 3})))
+    race = Race(evaluator_of, frames, SearchOptions(speedup="3x", **(SMALL | {"splits": 3})))
 
     def start(text: str) -> Candidate:
         return Candidate(Plan.uniform(text, 1), PlanError(math.nan, math.nan), 0.3, 1e8, 77, "exchange")
 
-    def objective(candidate: Candidate) -> float:
-        return math.log(candidate.error.forces)
-
-    first = race.run(start("8x0"), None, objective)
+    first = race.run(start("8x0"), None)
     assert first.error.forces == pytest.approx(20.0) and race.is_complete(first)
-    assert race.run(start("6x0"), first, objective).error.forces == pytest.approx(18.0)
-    second, third = (race.run(start(plan), first, objective) for plan in ("4x0", "2x0"))
+    assert race.run(start("6x0"), first).error.forces == pytest.approx(18.0)
+    second, third = (race.run(start(plan), first) for plan in ("4x0", "2x0"))
     assert second.error.forces == pytest.approx(25.5 * 20 / 20), "51 / 2 where the leader has 40 / 2"
     assert third.error.forces == pytest.approx(12.0 * 20 / 10) and not race.is_complete(third)
     assert [calls.count(plan) for plan in forces] == [3, 3, 2, 1]
