@@ -73,7 +73,7 @@ OddPaths = Annotated[bool, typer.Option(help="Keep tensor-product paths that bre
 EdgeOrder = Annotated[
     int | None,
     typer.Option(
-        min=0, help="Largest order of the harmonics of edges to keep; that of the target by default."
+        min=0, help="Largest order of the harmonics of edges to keep (SevenNet); by default the target's."
     ),
 ]
 Importance = Annotated[
