@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from compactmlip.search.run import search
 from compactmlip.search.space import EDGE, Space
 from compactmlip.search.speed import SpeedModel, Stopwatch
 from compactmlip.search.study import Candidate, Study, front
-from compactmlip.search.workers import scores_file
+from compactmlip.search.workers import open_workers, scores_file
 
 SMALL = {"atoms": 16, "round_to": 2, "fit_atoms": 24, "held_out_atoms": 8, "repeats": 1, "minutes": 5.0}
 SMALL |= {"splits": 1}
@@ -157,16 +158,25 @@ def test_errors_are_means_over_divisions(
 def test_several_processes_find_the_same(
     teacher: nn.Module, frames: list[Atoms], tmp_path: Path, fake_speed: None
 ) -> None:
-    """The first plans do not depend on what comes of others; which one is ready first does not matter."""
-    options = SearchOptions(speedup="3x", candidates=4, **SMALL)
-    found = []
+    """The first plans do not depend on what comes of others, and all are measured in the end."""
+    options = SearchOptions(speedup="3x", candidates=4, **(SMALL | {"splits": 2, "checked": 4}))
+    plans, chosen = [], []
     for workers in (1, 2):
         folder = tmp_path / str(workers)
-        search(teacher, frames, options.model_copy(update={"workers": workers}), folder, progress=False)
+        own = options.model_copy(update={"workers": workers})
+        chosen.append(search(teacher, frames, own, folder, progress=False).chosen)
         rows = json.loads((folder / "front.json").read_text())["candidates"]
-        found.append({json.dumps(row["plan"]): row["force_mae_meV_per_A"] for row in rows})
+        plans.append({json.dumps(row["plan"]): row["divisions"][0][1] for row in rows})
         assert not list(folder.glob("workers-*"))
-    assert len(found[0]) == 4 and found[1] == pytest.approx(found[0], rel=1e-9)
+    assert len(plans[0]) == 4 and plans[1] == pytest.approx(plans[0], rel=1e-9)
+    assert chosen[1].plan == chosen[0].plan
+    assert chosen[1].error.forces == pytest.approx(chosen[0].error.forces, rel=1e-9)
+    steps: list[float] = []
+    started = [replace(chosen[0], divisions=chosen[0].divisions[:k]) for k in (1, 2)]
+    with open_workers(teacher, frames, own, folder) as pool:
+        completed = pool.completed(started, steps.append)
+    assert [c.error.forces for c in completed] == pytest.approx([chosen[0].error.forces] * 2, rel=1e-9)
+    assert [len(c.divisions) for c in completed] == [2, 2] and sum(steps) == 1
 
 
 class _Known:
