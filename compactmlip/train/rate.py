@@ -3,25 +3,45 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 from compactmlip.train.dataset import Dataset
 from compactmlip.train.options import OptimizerName, TrainOptions
 
-RATES: dict[OptimizerName, tuple[float, float, float]] = {
-    "soap": (0.1, 3e-3, 1e-1),
-    "adamw": (0.02, 1e-3, 1e-2),
+
+@dataclass(frozen=True)
+class Rates:
+    """Peak rates of one optimiser.
+
+    Attributes
+    ----------
+    slope
+        Of the rate over the relative force error of a start that knows something of the forces.
+    smallest, largest
+        Bounds for such a start.
+    untrained
+        Rate of a start that does not, such as random weights.
+    """
+
+    slope: float
+    smallest: float
+    largest: float
+    untrained: float
+
+
+RATES: dict[OptimizerName, Rates] = {
+    "soap": Rates(0.05, 3e-3, 7e-3, 0.1),
+    "adamw": Rates(0.02, 1e-3, 5e-3, 1e-2),
 }
-"""Peak rate of a start whose force errors are as large as the forces; the smallest and the largest rate.
+"""From trials with several rates each (benchmarks/results/optimizers.md)."""
 
-From trials with several rates each (benchmarks/results/optimizers.md): the worse the start, the larger the
-best rate, from 0.003 after a good compensation to 0.1 with random weights (SOAP).  Factors of two hardly
-matter.
-"""
+UNTRAINED = 0.7
+"""Relative force error from which a start counts as untrained; without any forces it is 1."""
 
-WITHOUT_FORCES = 0.05
+WITHOUT_FORCES = 0.1
 """What stands for the relative force error where nothing has force labels."""
 
-FORCES = 0.05
+FORCES = 0.1
 """eV/Angstrom: force errors are compared with forces of at least this size, near a minimum too."""
 
 SMALLEST_FINAL = 1e-4
@@ -29,7 +49,9 @@ SMALLEST_FINAL = 1e-4
 
 
 def peak_rate(options: TrainOptions, errors: dict[str, float], valid: Dataset) -> float:
-    """The rate that was asked for, or one in proportion to the force error of the start.
+    """The rate that was asked for, or one that suits the relative force error of the start.
+
+    Weights that know nothing of the forces need much larger ones than those that do.
 
     Parameters
     ----------
@@ -42,13 +64,15 @@ def peak_rate(options: TrainOptions, errors: dict[str, float], valid: Dataset) -
     """
     if options.lr is not None:
         return options.lr
-    scale, smallest, largest = RATES[options.optimizer]
+    rates = RATES[options.optimizer]
     entries = [s.forces.abs().double() for s in valid.structures if s.forces.numel()]
     relative = WITHOUT_FORCES
     if entries and options.forces_weight > 0:
         mean = sum(float(e.sum()) for e in entries) / sum(e.numel() for e in entries)
         relative = 1e-3 * errors["forces_mae_meV_per_A"] / max(mean, FORCES)
-    return min(max(scale * relative, smallest), largest)
+    if relative >= UNTRAINED:
+        return rates.untrained
+    return min(max(rates.slope * relative, rates.smallest), rates.largest)
 
 
 def learning_rate(fraction: float, peak: float, options: TrainOptions) -> float:
