@@ -324,9 +324,8 @@ def write_report(bench: Bench) -> None:
 def write_shares(bench: Bench) -> None:
     """Print the tables of the shares."""
     options = bench.options
-    command = (
-        f"python benchmarks/mace_pruning.py MODEL DATA --work DIR --part shares --minutes {options.minutes:g}"
-    )
+    command = "python benchmarks/mace_pruning.py MODEL DATA --work DIR --part shares "
+    command += f"--minutes {options.minutes:g} --lr-scratch {options.lr_scratch:g}"
     text = header("A pruned MACE against random weights: shares of time and data", command)
     text += (
         "\nTwo layers, 32x0+32x1+32x2, correlation 3, acetylacetone; RMS errors against DFT: energy of the "
