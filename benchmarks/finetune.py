@@ -23,7 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -228,15 +228,9 @@ def run(bench: Bench) -> None:
             bench.once("as-it-is", bench.as_it_is)
         elif part == "parent":
             bench.once("parent", lambda: bench.trained(bench.parent(), "parent", options.minutes))
-        elif part == "student":
+        elif part in ("student", "direct", "scratch"):
             for target in options.targets:
-                bench.once(f"student-{slug(target)}", lambda t=target: bench.student(t))
-        elif part == "direct":
-            for target in options.targets:
-                bench.once(f"direct-{slug(target)}", lambda t=target: bench.direct(t))
-        elif part == "scratch":
-            for target in options.targets:
-                bench.once(f"scratch-{slug(target)}", lambda t=target: bench.scratch(t))
+                bench.once(f"{part}-{slug(target)}", partial(getattr(bench, part), target))
         elif part == "speed":
             bench.once("speed", lambda: speed(bench))
 

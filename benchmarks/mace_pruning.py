@@ -101,6 +101,10 @@ class Bench:
         spec = model_spec(self.teacher)
         return [build_graph(self.train[k], spec, torch.float32) for k in chosen]
 
+    def calibration(self, seed: int = 0) -> list[GraphBatch]:
+        """Random training frames, without labels."""
+        return self.graphs(np.random.default_rng(seed).permutation(450)[:CALIBRATION])
+
     def errors(self, model: nn.Module, every: int = 1) -> dict[str, float]:
         """RMS errors against DFT: energy of the molecule (meV), force components (meV/A)."""
         found = {}
@@ -154,11 +158,10 @@ def cuts(bench: Bench) -> None:
     bench.once(
         "teacher", lambda: {"parameters": num_parameters(bench.teacher), **bench.errors(bench.teacher)}
     )
-    order = np.random.default_rng(0).permutation(450)
     for name, settings in CUTS.items():
         if options.only and options.only != name:
             continue
-        graphs = bench.graphs(order[:CALIBRATION])
+        graphs = bench.calibration()
         start = time.process_time()
         made = compress(bench.teacher, graphs, with_compensation=True, **settings)
         seconds = time.process_time() - start
@@ -177,11 +180,10 @@ def cuts(bench: Bench) -> None:
 def shares(bench: Bench) -> None:
     """Shares of the time, and of the frames, for pruned models and random weights."""
     options = bench.options
-    order = np.random.default_rng(0).permutation(450)
     for name in SHARES_CUTS:
         if options.only and options.only != name:
             continue
-        made = compress(bench.teacher, bench.graphs(order[:CALIBRATION]), **CUTS[name]).model
+        made = compress(bench.teacher, bench.calibration(), **CUTS[name]).model
         starts = {"retrained": (made, options.lr), "scratch": (from_random(made, 0), options.lr_scratch)}
         for what, share, (kind, (start, lr)) in product(("time", "data"), options.shares, starts.items()):
             if what == "data" and (share == 1.0 or name != SHARES_CUTS[0]):
@@ -199,9 +201,8 @@ def shares(bench: Bench) -> None:
 
 def depth(bench: Bench) -> None:
     """One layer instead of two, with each kind of last readout, before and after training."""
-    order = np.random.default_rng(0).permutation(450)
     for kind in get_args(LastReadout):
-        made = cut_layers(bench.teacher, 1, graphs=bench.graphs(order[:CALIBRATION]), readout=kind)
+        made = cut_layers(bench.teacher, 1, graphs=bench.calibration(), readout=kind)
         label = f"depth {kind}"
 
         def run(model: nn.Module = made, label: str = label) -> dict[str, Any]:
@@ -215,8 +216,7 @@ def depth(bench: Bench) -> None:
 def ranking(bench: Bench) -> None:
     """Errors of C32 to C16 for each criterion and calibration set, before and after a short training."""
     for seed in range(bench.options.seeds):
-        order = np.random.default_rng(100 + seed).permutation(450)
-        graphs = bench.graphs(order[:CALIBRATION])
+        graphs = bench.calibration(100 + seed)
         for name, (criterion, refit) in RANKINGS.items():
             label = f"ranking {name} {seed}"
             made = None
@@ -243,7 +243,7 @@ def ranking(bench: Bench) -> None:
 def stages(bench: Bench) -> None:
     """Errors after refits that leave out one kind of stage each."""
     everything = mace_stages.linear_stages
-    graphs = bench.graphs(np.random.default_rng(0).permutation(450)[:CALIBRATION])
+    graphs = bench.calibration()
     for cut in STAGE_CUTS:
         for left_out in STAGES:
 

@@ -39,6 +39,11 @@ class Objective:
         return error if options.factor is not None else error + 0.5 * math.log(candidate.time)
 
 
+def is_complete(candidate: Candidate, options: SearchOptions) -> bool:
+    """Whether a candidate was measured in all divisions."""
+    return len(candidate.divisions) == options.splits
+
+
 class Race:
     """Measures plans on divisions of the structures, of which each is prepared when it is needed first.
 
@@ -91,10 +96,6 @@ class Race:
             errors.append(self._evaluator(k).error(candidate.plan))
             advance(1)
         return replace(candidate, error=PlanError.mean(errors), divisions=tuple(errors))
-
-    def is_complete(self, candidate: Candidate) -> bool:
-        """Whether it ran in all divisions."""
-        return len(candidate.divisions) == self.options.splits
 
     def _evaluator(self, k: int) -> Evaluator:
         if k not in self.evaluators:

@@ -29,7 +29,7 @@ from compactmlip.progress import Track
 from compactmlip.search.evaluate import Frames, PlanError, split_frames
 from compactmlip.search.halving import successive_halving
 from compactmlip.search.options import SearchOptions
-from compactmlip.search.race import Objective
+from compactmlip.search.race import Objective, is_complete
 from compactmlip.search.record import Found, State, digest_of, identity_of, write_results
 from compactmlip.search.seeds import seeds
 from compactmlip.search.space import EDGE, Space
@@ -144,7 +144,7 @@ class _Search:
 
     def _leader(self, study: Study) -> Candidate | None:
         """The best candidate that was measured in all divisions."""
-        whole = [c for c in study.candidates if len(c.divisions) == self.options.splits]
+        whole = [c for c in study.candidates if is_complete(c, self.options)]
         return min(whole, key=self.objective) if whole else None
 
     def _plans(self, study: Study) -> Iterator[tuple[str, Plan]]:

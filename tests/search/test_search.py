@@ -28,7 +28,7 @@ from compactmlip.search import evaluate, run as module
 from compactmlip.search.evaluate import Evaluator, PlanError, split_frames
 from compactmlip.search.exchange import exchanged
 from compactmlip.search.options import SearchOptions
-from compactmlip.search.race import Race
+from compactmlip.search.race import Race, is_complete
 from compactmlip.search.run import search
 from compactmlip.search.space import EDGE, Space
 from compactmlip.search.speed import SpeedModel, Stopwatch
@@ -205,11 +205,11 @@ def test_those_far_behind_leave_the_race_with_an_estimate(frames: list[Atoms]) -
         return Candidate(Plan.uniform(text, 1), PlanError(math.nan, math.nan), 0.3, 1e8, 77, "exchange")
 
     first = race.run(start("8x0"), None)
-    assert first.error.forces == pytest.approx(20.0) and race.is_complete(first)
+    assert first.error.forces == pytest.approx(20.0) and is_complete(first, race.options)
     assert race.run(start("6x0"), first).error.forces == pytest.approx(18.0)
     second, third = (race.run(start(plan), first) for plan in ("4x0", "2x0"))
     assert second.error.forces == pytest.approx(25.5 * 20 / 20), "51 / 2 where the leader has 40 / 2"
-    assert third.error.forces == pytest.approx(12.0 * 20 / 10) and not race.is_complete(third)
+    assert third.error.forces == pytest.approx(12.0 * 20 / 10) and not is_complete(third, race.options)
     assert [calls.count(plan) for plan in forces] == [3, 3, 2, 1]
     assert race.completed(second).error.forces == pytest.approx(52 / 3)
 
