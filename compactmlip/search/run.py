@@ -98,7 +98,6 @@ class _Search:
         folder.mkdir(parents=True, exist_ok=True)
         self.state = State(folder / STATE, identity_of(teacher, frames, options))
         self.shapes = Shapes(teacher)
-        self.space = Space(self.shapes, options.round_to, options.criteria, odd_paths=options.odd_paths)
         self.frames: Frames = split_frames(frames, options.fit_atoms, options.held_out_atoms, options.seed)
         self.all_frames = frames
         self.objective = Objective(options)
@@ -107,6 +106,9 @@ class _Search:
         self.setting = Setting(options.atoms, len(self.graph.centers) / len(big))
         self.memory = memory_cost(self.shapes, self.setting)
         self.scores = self._scores()
+        self.space = Space(
+            self.shapes, options.round_to, options.criteria, self.scores, odd_paths=options.odd_paths
+        )
         self.speed = self._speed()
 
     def run(self) -> Found:

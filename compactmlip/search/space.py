@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
+import numpy as np
 from optuna.distributions import BaseDistribution, IntDistribution
 
 from compactmlip.channels import Channels
 from compactmlip.compress.allocate import full_channels
 from compactmlip.compress.cost import Shapes
 from compactmlip.compress.plan_file import Plan
+from compactmlip.compress.tapped import Scores
 from compactmlip.search.speed import capped
 
 EDGE = "edge order above the features'"
@@ -38,14 +39,22 @@ class Space:
         Channels per block.
     criteria
         Names of the criteria that may rank channels.
+    scores
+        What they say of the model's channels; without it no two criteria are taken to keep the same ones.
     options
         Options that all plans share.
     """
 
     def __init__(
-        self, shapes: Shapes, round_to: int, criteria: Sequence[str] = ("taylor",), **options: object
+        self,
+        shapes: Shapes,
+        round_to: int,
+        criteria: Sequence[str] = ("taylor",),
+        scores: Mapping[str, Scores] | None = None,
+        **options: object,
     ) -> None:
         self.shapes, self.round_to, self.criteria, self.options = shapes, round_to, tuple(criteria), options
+        self.scores = scores or {}
         self.full = full_channels(shapes)
         self._effects: dict[str, str] = {}
         edges = [name for name in shapes.graph.groups if name.startswith("edge_harmonics/")]
@@ -108,11 +117,16 @@ class Space:
         return not all(mask.all() for mask in self.shapes.masks(plan).values())
 
     def effect(self, plan: Plan) -> str:
-        """What the plan leaves, as a text: plans that differ only in what has no effect have the same."""
+        """What the plan leaves, as a text: plans that cut the same model have the same.
+
+        They may differ in what has no effect, and in the criterion where two of them keep the same channels.
+        """
         name = plan.model_copy(update={"made_by": {}}).to_json()
         if name not in self._effects:
-            left = json.dumps(self.shapes.pruned(plan).architecture, sort_keys=True)
-            self._effects[name] = f"{left} {plan.importance}"
+            scores = self.scores.get(plan.importance)
+            masks = self.shapes.graph.complete(self.shapes.masks(plan, scores))
+            kept = np.packbits(np.concatenate(list(masks.values()))).tobytes().hex()
+            self._effects[name] = kept if scores else f"{kept} {plan.importance}"
         return self._effects[name]
 
     def scaled(self, plan: Plan, load: Callable[[Plan], float]) -> Plan | None:

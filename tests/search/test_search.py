@@ -323,6 +323,19 @@ def test_exchanges_stay_on_the_budget(teacher: nn.Module) -> None:
     assert np.median(moved) <= 6
 
 
+def test_criteria_that_keep_the_same_make_one_candidate(teacher: nn.Module) -> None:
+    shapes = Shapes(teacher)
+    rng = np.random.default_rng(0)
+    one = {name: rng.random(group.size) for name, group in shapes.graph.groups.items()}
+    scores = {"taylor": one, "fisher": {name: values**2 for name, values in one.items()}}
+    scores["magnitude"] = {name: -values for name, values in one.items()}
+    space = Space(shapes, 1, tuple(scores), scores)
+    effects = [
+        space.effect(space.uniform("4x0+2x1").model_copy(update={"importance": name})) for name in scores
+    ]
+    assert effects[0] == effects[1] and effects[0] != effects[2]
+
+
 def test_nothing_to_exchange(teacher: nn.Module) -> None:
     space = Space(Shapes(teacher), 1)
     full = Plan.of(space.full, edge_order=space.edge_orders)
