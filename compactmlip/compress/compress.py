@@ -82,7 +82,8 @@ def compress(
     target
         Channels per order: ``"64x0+32x1"`` for all layers, or one per layer separated by commas.  None keeps
         the channels, which makes sense with ``layers`` or ``num_basis`` only.  Or a plan, which replaces
-        ``radial_hidden``, ``readout_hidden``, ``odd_paths``, ``edge_order`` and ``criterion``.
+        ``radial_hidden``, ``readout_hidden``, ``odd_paths``, ``edge_order`` and ``criterion`` and may cut
+        single paths of the tensor products.
     layers
         Number of layers to keep; the others are cut first (:func:`compactmlip.compress.reshape.cut_layers`).
     radial_hidden, readout_hidden
@@ -134,8 +135,11 @@ def compress(
         result = Compressed(prune(teacher, masks), None, scores)
         done = {"target": target, "odd_paths": options["odd_paths"], "importance": criterion}
         done |= {"structures": len(graphs)}
-        if options.get("edge_order") is not None:
-            done["edge_order"] = options["edge_order"]
+        done |= {
+            name: options[name]
+            for name in ("edge_order", "without_paths")
+            if options.get(name) not in (None, ())
+        }
         record_step(result.sliced, "prune", **done, **({"seed": seed} if criterion == "random" else {}))
         if with_compensation:
             refit = compensate(
@@ -156,6 +160,7 @@ def checked_targets(
     readout_hidden: int | None = None,
     odd_paths: bool = False,
     edge_order: int | None = None,
+    without_paths: Sequence[str] = (),
 ) -> Targets:
     """Sizes that a target means for a model, after a check that it can be met and that it cuts something.
 
@@ -166,7 +171,7 @@ def checked_targets(
     """
     options = {"radial_hidden": radial_hidden, "readout_hidden": readout_hidden, "edge_order": edge_order}
     wanted = parse_target(target, spec.num_message_passing_layers)
-    targets = target_sizes(spec, wanted, **options, odd_paths=odd_paths)
+    targets = target_sizes(spec, wanted, **options, odd_paths=odd_paths, without_paths=without_paths)
     groups = channel_graph(spec).groups
     # How many channels stay does not depend on their scores.
     masks = top_channels(spec, targets, {name: np.zeros(group.size) for name, group in groups.items()})

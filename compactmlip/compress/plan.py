@@ -10,10 +10,13 @@ from numpy.typing import NDArray
 from compactmlip import models
 from compactmlip.channels import ChannelGraph, Channels, Mask, parse_channels
 from compactmlip.compress.tapped import Scores
-from compactmlip.errors import InputError
+from compactmlip.errors import InputError, did_you_mean
 from compactmlip.models import channel_graph
 from compactmlip.models.targets import TargetOptions, Targets, Tie
 from compactmlip.spec import ModelSpec
+
+PATH = ".path/"
+"""Part of the names of groups that stand for paths of the tensor products."""
 
 
 def parse_target(text: str, num_layers: int) -> list[Channels]:
@@ -40,6 +43,7 @@ def target_sizes(
     readout_hidden: int | None = None,
     odd_paths: bool = True,
     edge_order: int | None = None,
+    without_paths: Sequence[str] = (),
 ) -> Targets:
     """Number of channels to keep in each group.
 
@@ -53,18 +57,26 @@ def target_sizes(
         Of the model to cut.
     target
         Channels per order for each layer.
-    radial_hidden, readout_hidden, odd_paths, edge_order
+    radial_hidden, readout_hidden, odd_paths, edge_order, without_paths
         See :class:`compactmlip.models.targets.TargetOptions`.
 
     Raises
     ------
     InputError
-        If a layer's target has no scalars.
+        If a layer's target has no scalars, or the model has no such path.
     """
     if any(not channels or not channels[0] for channels in target):
         raise InputError("a target needs scalar channels in every layer, for instance 64x0+32x1.")
-    options = TargetOptions(radial_hidden, readout_hidden, odd_paths, edge_order)
-    return models.target_sizes(spec, target, options)
+    options = TargetOptions(radial_hidden, readout_hidden, odd_paths, edge_order, tuple(without_paths))
+    targets = models.target_sizes(spec, target, options)
+    for name in without_paths:
+        if targets.sizes.get(name) != 0 or PATH not in name:
+            known = [group for group in channel_graph(spec).groups if PATH in group]
+            raise InputError(
+                f"the model has no tensor-product path '{name}' that could be cut; paths are named like "
+                f"{known[-1] if known else 'layers.1.path/0-1-1'}.{did_you_mean(name, known)}"
+            )
+    return targets
 
 
 def top_channels(spec: ModelSpec, targets: Targets, scores: Scores) -> dict[str, Mask]:

@@ -28,6 +28,7 @@ class Plan(BaseModel):
     radial_hidden: int | None = Field(None, ge=1, description="units to keep in the radial networks")
     readout_hidden: int | None = Field(None, ge=1, description="units to keep in the readout")
     odd_paths: bool = Field(False, description="keep paths that break inversion symmetry")
+    without_paths: tuple[str, ...] = Field((), description="single paths to cut, as layers.1.path/0-1-1")
     importance: str = Field("taylor", description="criterion that ranks channels")
     made_by: dict[str, Any] = Field(default_factory=dict, description="how the plan came about")
 
@@ -35,6 +36,11 @@ class Plan(BaseModel):
     @classmethod
     def _readable(cls, layers: tuple[str, ...]) -> tuple[str, ...]:
         return tuple(format_channels(parse_channels(layer)) for layer in layers)
+
+    @field_validator("without_paths")
+    @classmethod
+    def _in_order(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(sorted(set(names)))
 
     @classmethod
     def of(cls, channels: Sequence[Channels], **options: Any) -> Plan:
@@ -65,7 +71,7 @@ class Plan(BaseModel):
     @property
     def options(self) -> dict[str, Any]:
         """What :func:`compactmlip.compress.plan.target_sizes` takes besides the channels."""
-        names = ("edge_order", "radial_hidden", "readout_hidden", "odd_paths")
+        names = ("edge_order", "radial_hidden", "readout_hidden", "odd_paths", "without_paths")
         return {name: getattr(self, name) for name in names}
 
     def to_json(self) -> str:

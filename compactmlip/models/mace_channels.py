@@ -11,7 +11,7 @@ import torch
 from compactmlip.channels import ChannelGraph, ChannelGroup, Channels, Mask, Slot
 from compactmlip.errors import InputError
 from compactmlip.models.contraction import weight_key
-from compactmlip.models.convolution import message_rows, radial_columns
+from compactmlip.models.convolution import message_rows, path_group, radial_columns
 from compactmlip.models.mace import MACE
 from compactmlip.models.mace_architecture import MACEArchitecture, MACELayer, MACEReadout, Positions
 from compactmlip.models.products import products
@@ -150,7 +150,7 @@ class _LayerGroups:
                 continue
             residual = f"{self.inner}.residual.orders.{l}.weight"
             slots = self._slots(Slot(f"{self.inner}.up.orders.{l}.weight", 1), Slot(residual, 0))
-            readers = [self._path_name(p) for p in layer.paths if p[0] == l]
+            readers = [path_group(self.t, p) for p in layer.paths if p[0] == l]
             if residual in self.shapes:
                 readers += self._made_from(l)
             for path in layer.paths:
@@ -175,9 +175,6 @@ class _LayerGroups:
             slots = (Slot(f"{weights}.{k}.weight", 1), Slot(f"{weights}.{k + 1}.weight", 0))
             yield ChannelGroup(f"{self.prefix}.radial.{k}/0", size, slots, f"{self.prefix}.radial.{k}")
 
-    def _path_name(self, path: tuple[int, int, int]) -> str:
-        return f"{self.prefix}.path/{path[0]}-{path[1]}-{path[2]}"
-
     def _made_from(self, l: int) -> tuple[str, ...]:
         """Groups that live on order l after the convolution; scalars also make the gates of all orders."""
         name = f"{self.prefix}.{'inner' if self.layer.has_inner else 'atomic'}"
@@ -193,7 +190,7 @@ class _LayerGroups:
             slots += (Slot(f"{self.inner}.down.orders.{path[2]}.weight", 0, rows[path].start, width),)
             requires = (f"{self.prefix}.up/{path[0]}", f"edge_harmonics/{path[1]}")
             made = self._made_from(path[2])
-            yield ChannelGroup(self._path_name(path), 1, slots, requires=requires, requires_any=made)
+            yield ChannelGroup(path_group(self.t, path), 1, slots, requires=requires, requires_any=made)
 
     def _pair_embedding(self) -> Iterator[ChannelGroup]:
         if self.layer.pair_embedding is None:
@@ -224,7 +221,7 @@ class _LayerGroups:
                 Slot(f"{self.inner}.mix.orders.{l}.weight", 0),
                 Slot(f"{self.inner}.species_map.orders.{l}.weight", 1),
             )
-            fed: tuple[str, ...] = tuple(self._path_name(p) for p in self.layer.paths if p[2] == l)
+            fed: tuple[str, ...] = tuple(path_group(self.t, p) for p in self.layer.paths if p[2] == l)
             if self.layer.interaction == "nonlinear" and l < len(self.layer.up) and self.layer.up[l]:
                 fed += (f"{self.prefix}.up/{l}",)
             needed = (f"{self.prefix}.atomic/{l}",)
@@ -243,7 +240,7 @@ class _LayerGroups:
                     Slot(f"{self.inner}.species_map.orders.{l}.weight", 2),
                 )
             else:
-                fed = tuple(self._path_name(p) for p in self.layer.paths if p[2] == l)
+                fed = tuple(path_group(self.t, p) for p in self.layer.paths if p[2] == l)
                 slots = self._produced(l, self.layer.atomic)
             name = f"{self.prefix}.atomic"
             yield ChannelGroup(f"{name}/{l}", size, slots, name, l, requires_any=fed)

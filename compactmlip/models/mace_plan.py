@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from compactmlip.channels import Channels, format_channels
+from compactmlip.models.convolution import path_group
 from compactmlip.models.mace_architecture import MACEArchitecture, MACELayer
 from compactmlip.models.targets import TargetOptions, Targets, Tie
 from compactmlip.spec import ModelSpec
@@ -39,6 +40,7 @@ def target_sizes(spec: ModelSpec, target: Sequence[Channels], options: TargetOpt
         if layer.readout is not None:
             for k, available in enumerate(layer.readout.hidden):
                 sizes[f"{prefix}.readout.{k}/0"] = min(available, options.readout_hidden or available)
+        sizes |= {name: 0 for p in layer.paths if (name := path_group(t, p)) in options.without_paths}
         ties += _contraction(layer, prefix, out, min(layer.width, wanted[0]), sizes)
         into = out
     return Targets(sizes, tuple(ties))

@@ -9,7 +9,7 @@ import torch
 
 from compactmlip.channels import ChannelGraph, ChannelGroup, Channels, Mask, Slot
 from compactmlip.errors import InputError
-from compactmlip.models.convolution import message_rows, radial_columns
+from compactmlip.models.convolution import message_rows, path_group, radial_columns
 from compactmlip.models.nequip import NequIP, NequIPArchitecture, NequIPLayer
 from compactmlip.spec import ModelSpec
 
@@ -138,11 +138,6 @@ def _layer_groups(arch: NequIPArchitecture, t: int) -> Iterator[ChannelGroup]:
     for l, size in enumerate(layer.out):
         if size:
             yield _stream_group(arch, t + 1, l)
-
-
-def path_group(t: int, path: tuple[int, int, int]) -> str:
-    """Name of the group that stands for one tensor-product path."""
-    return f"layers.{t}.path/{path[0]}-{path[1]}-{path[2]}"
 
 
 def pruned_spec(spec: ModelSpec, masks: Mapping[str, Mask]) -> ModelSpec:

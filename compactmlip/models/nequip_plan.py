@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from compactmlip.channels import Channels
+from compactmlip.models.convolution import path_group
 from compactmlip.models.nequip import NequIPArchitecture
-from compactmlip.models.nequip_channels import path_group
 from compactmlip.models.targets import TargetOptions, Targets
 from compactmlip.spec import ModelSpec
 
@@ -18,7 +18,7 @@ def target_sizes(spec: ModelSpec, target: Sequence[Channels], options: TargetOpt
     and the neighbours' features as many channels as enter the layer.  Spherical harmonics above
     ``edge_order`` (by default the largest order of the target) are dropped.  Without ``odd_paths``, so are
     the tensor-product paths with odd l1 + l2 + l3: they change sign under inversion, and without them the
-    energy is exactly invariant.
+    energy is exactly invariant.  Other paths go one by one.
     """
     arch = NequIPArchitecture.model_validate(spec.architecture)
     sizes = {"embedding/0": min(arch.embedding, target[0][0])}
@@ -37,8 +37,9 @@ def target_sizes(spec: ModelSpec, target: Sequence[Channels], options: TargetOpt
                 sizes[f"layers.{t}.out/{l}"] = out[l]
         for k, available in enumerate(layer.radial_hidden):
             sizes[f"layers.{t}.radial.{k}/0"] = min(available, options.radial_hidden or available)
-        if not options.odd_paths:
-            sizes |= {path_group(t, path): int(sum(path) % 2 == 0) for path in layer.paths}
+        for path in layer.paths:
+            name, odd = path_group(t, path), bool(sum(path) % 2)
+            sizes[name] = int((options.odd_paths or not odd) and name not in options.without_paths)
         into = out
     sizes["readout.hidden/0"] = min(arch.readout_hidden, options.readout_hidden or arch.readout_hidden)
     return Targets(sizes)

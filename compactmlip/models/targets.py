@@ -19,12 +19,15 @@ class TargetOptions:
     edge_order
         Largest order of the spherical harmonics of edges to keep, in families where it is free; None is the
         largest order of the target.
+    without_paths
+        Groups of tensor-product paths to cut, for instance ``layers.1.path/0-1-1``.
     """
 
     radial_hidden: int | None = None
     readout_hidden: int | None = None
     odd_paths: bool = True
     edge_order: int | None = None
+    without_paths: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

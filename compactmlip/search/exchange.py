@@ -1,4 +1,4 @@
-"""Neighbours of a plan at the same budget: a few blocks of channels move from one place to another."""
+"""Neighbours of a plan at the same budget: a few blocks of channels, or single paths, make way for others."""
 
 from __future__ import annotations
 
@@ -9,20 +9,28 @@ import numpy as np
 from compactmlip.compress.plan_file import Plan
 from compactmlip.search.space import CRITERION, Space
 
-OTHER_CRITERION = 0.2
+OTHER_CRITERION = 0.15
 """Probability that other channels are kept instead, and not other numbers of them."""
 
+PATHS = 0.5
+"""Probability that paths of the tensor products change, and channels only to restore the load."""
+
+FEWER_PATHS = 0.75
+"""Probability that a path goes, where there are some to bring back."""
+
 FEW = 0.6
-"""Probability that no further block goes to the place that grows."""
+"""Probability that no further block goes to the place that grows, and that no further path changes."""
+
+Load = Callable[[Plan], float]
 
 
-def exchanged(
-    space: Space, plan: Plan, load: Callable[[Plan], float], rng: np.random.Generator
-) -> Plan | None:
-    """The plan with more blocks in one random place and fewer in others, as large as the budget allows.
+def exchanged(space: Space, plan: Plan, load: Load, rng: np.random.Generator) -> Plan | None:
+    """The plan with a few changes that cost, others that pay for them, and what is left over spent.
 
-    Proposals of this kind change two or three numbers of a good plan, which a model of all variables
-    cannot do before it has seen several times as many plans as there are variables.
+    Either more channels go to one random place, and fewer to others; or paths of the tensor products go,
+    which frees time for channels, or come back.  Proposals of this kind change two or three numbers of a good
+    plan, which a model of all variables cannot do before it has seen several times as many plans as there
+    are variables.
 
     Parameters
     ----------
@@ -40,25 +48,55 @@ def exchanged(
     Plan or None
         With a load of at most one; None where nothing else can shrink enough.
     """
-    blocks = space.blocks(plan)
-    bounds = space.bounds
+    blocks, cut = space.blocks(plan), plan.without_paths
     if CRITERION in blocks:
         others = [k for k in range(len(space.criteria)) if k != blocks[CRITERION]]
         if rng.random() < OTHER_CRITERION:
-            return space.plan(blocks | {CRITERION: int(rng.choice(others))})
+            return space.plan(blocks | {CRITERION: int(rng.choice(others))}, cut)
     fixed = {CRITERION: blocks.pop(CRITERION)} if CRITERION in blocks else {}
-    growing = [name for name, count in blocks.items() if count < bounds[name][1]]
-    if not growing:
-        return None
-    place = str(rng.choice(growing))
-    blocks[place] = min(blocks[place] + int(rng.geometric(FEW)), bounds[place][1])
-    while load(space.plan(blocks | fixed)) > 1:
+    place = None
+    if rng.random() < PATHS:
+        cut = _other_paths(space, plan, rng)
+    else:
+        growing = [name for name, count in blocks.items() if count < space.bounds[name][1]]
+        if not growing:
+            return None
+        place = str(rng.choice(growing))
+        blocks[place] = min(blocks[place] + int(rng.geometric(FEW)), space.bounds[place][1])
+
+    def made(blocks: dict[str, int]) -> Plan:
+        return space.plan(blocks | fixed, cut)
+
+    return _balanced(space, blocks, place, made, load, rng)
+
+
+def _other_paths(space: Space, plan: Plan, rng: np.random.Generator) -> tuple[str, ...]:
+    """Paths to cut: those of the plan and a few more, or a few less."""
+    number = int(rng.geometric(FEW))
+    kept = space.kept_paths(plan)
+    if plan.without_paths and rng.random() >= FEWER_PATHS:
+        back = set(rng.permutation(plan.without_paths)[:number].tolist())
+        return tuple(name for name in plan.without_paths if name not in back)
+    return (*plan.without_paths, *rng.permutation(kept)[:number].tolist())
+
+
+def _balanced(
+    space: Space,
+    blocks: dict[str, int],
+    place: str | None,
+    made: Callable[[dict[str, int]], Plan],
+    load: Load,
+    rng: np.random.Generator,
+) -> Plan | None:
+    """Plan with blocks taken away elsewhere until it is small enough, then added where they still fit."""
+    bounds = space.bounds
+    while load(made(blocks)) > 1:
         shrinking = [name for name, count in blocks.items() if name != place and count > bounds[name][0]]
         if not shrinking:
             return None
         blocks[str(rng.choice(shrinking))] -= 1
     for name in map(str, rng.permutation(list(blocks))):
         larger = blocks | {name: blocks[name] + 1}
-        if larger[name] <= bounds[name][1] and load(space.plan(larger | fixed)) <= 1:
+        if larger[name] <= bounds[name][1] and load(made(larger)) <= 1:
             blocks = larger
-    return space.plan(blocks | fixed)
+    return made(blocks)

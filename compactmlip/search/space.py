@@ -1,4 +1,4 @@
-"""The variables of a search: blocks of channels in each layer and order, and the order of the edges."""
+"""The variables of a search: blocks of channels in each layer and order, the order of the edges, paths."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from optuna.distributions import BaseDistribution, IntDistribution
 from compactmlip.channels import Channels
 from compactmlip.compress.allocate import full_channels
 from compactmlip.compress.cost import Shapes
+from compactmlip.compress.plan import PATH
 from compactmlip.compress.plan_file import Plan
 from compactmlip.compress.tapped import Scores
 from compactmlip.search.speed import capped
@@ -59,6 +60,8 @@ class Space:
         self._effects: dict[str, str] = {}
         edges = [name for name in shapes.graph.groups if name.startswith("edge_harmonics/")]
         self.edge_orders = len(edges) - 1 if edges else None
+        # Every layer keeps the path that all plans have, so that none is left without any.
+        self.paths = tuple(n for n in shapes.graph.groups if PATH in n and not n.endswith("/0-0-0"))
 
     @property
     def bounds(self) -> dict[str, tuple[int, int]]:
@@ -77,14 +80,19 @@ class Space:
         """The same for the optimiser."""
         return {name: IntDistribution(low, high) for name, (low, high) in self.bounds.items()}
 
+    def kept_paths(self, plan: Plan) -> list[str]:
+        """Paths of the tensor products that the plan leaves."""
+        masks = self.shapes.graph.complete(self.shapes.masks(plan))
+        return [name for name in self.paths if masks[name].all()]
+
     def _places(self) -> Iterator[tuple[tuple[int, int], int]]:
         for t, channels in enumerate(self.full):
             for l, size in enumerate(channels):
                 if size:
                     yield (t, l), size
 
-    def plan(self, blocks: Mapping[str, float]) -> Plan:
-        """Plan with (rounded) numbers of blocks."""
+    def plan(self, blocks: Mapping[str, float], without_paths: Sequence[str] = ()) -> Plan:
+        """Plan with (rounded) numbers of blocks and without some paths."""
         layers = []
         for t, channels in enumerate(self.full):
             sizes = []
@@ -96,10 +104,11 @@ class Space:
         if self.edge_orders is not None:
             edge = min(_highest(layers) + int(blocks[EDGE]), self.edge_orders)
         criterion = self.criteria[int(blocks.get(CRITERION, 0))]
-        return Plan.of(layers, edge_order=edge, importance=criterion, **self.options)
+        cut = tuple(without_paths)
+        return Plan.of(layers, edge_order=edge, importance=criterion, without_paths=cut, **self.options)
 
     def blocks(self, plan: Plan) -> dict[str, int]:
-        """Variables of a plan."""
+        """Variables of a plan, but for its paths."""
         found = {}
         for (t, l), _ in self._places():
             channels = plan.channels[t]
@@ -139,7 +148,8 @@ class Space:
         loads: dict[str, float] = {}
 
         def at(factor: float) -> tuple[Plan, float]:
-            made = self.plan({name: factor * count for name, count in blocks.items()} | fixed)
+            scaled = {name: factor * count for name, count in blocks.items()}
+            made = self.plan(scaled | fixed, plan.without_paths)
             if made.target not in loads:
                 loads[made.target] = load(made)
             return made, loads[made.target]
@@ -171,7 +181,7 @@ class Space:
         for (t, l), _ in self._places():
             if l:
                 blocks[name_of(t, l)] *= ratio ** (t / last)
-        return self.plan(blocks)
+        return self.plan(blocks, plan.without_paths)
 
 
 def name_of(t: int, l: int) -> str:

@@ -184,7 +184,8 @@ class Stopwatch:
 
 def key(plan: Plan) -> str:
     """What decides a plan's speed, as a text."""
-    return f"{plan.target} edges {plan.edge_order} odd {plan.odd_paths}"
+    cut = " ".join(plan.without_paths)
+    return f"{plan.target} edges {plan.edge_order} odd {plan.odd_paths} without {cut}"
 
 
 def probe_plans(shapes: Shapes, **options: Any) -> list[Plan]:

@@ -180,15 +180,19 @@ class Study:
     def _sampled(self, load: Callable[[Plan], float], repeated: int) -> Plan | None:
         self.study.sampler = self.random if repeated >= RANDOM_AFTER else self.sampler
         trial = self.study.ask(self.space.distributions)
-        proposed = self.space.plan(trial.params)
+        # Single paths are too many variables for the optimiser: it proposes channels for a good candidate's.
+        paths = self._parent().plan.without_paths if self.candidates else ()
+        proposed = self.space.plan(trial.params, paths)
         self.study.tell(trial, state=TrialState.FAIL)
         return self.space.scaled(proposed, load)
 
     def _neighbour(self, load: Callable[[Plan], float]) -> Plan | None:
+        return exchanged(self.space, self._parent().plan, load, self.rng)
+
+    def _parent(self) -> Candidate:
         best = sorted(self.candidates, key=self.objective)[:PARENTS]
         chances = 1 / np.arange(1, len(best) + 1)
-        parent = best[self.rng.choice(len(best), p=chances / chances.sum())]
-        return exchanged(self.space, parent.plan, load, self.rng)
+        return best[self.rng.choice(len(best), p=chances / chances.sum())]
 
 
 def front(candidates: Sequence[Candidate]) -> list[Candidate]:

@@ -21,6 +21,15 @@ def test_round_trip_has_one_line_per_layer(tmp_path: Path) -> None:
     assert "odd_paths" not in path.read_text(), "defaults are left out"
 
 
+def test_paths_are_sorted_one_per_line(tmp_path: Path) -> None:
+    names = ["layers.1.path/1-0-1", "layers.0.path/0-1-1", "layers.1.path/1-0-1"]
+    plan = Plan.uniform("8x0", 2, without_paths=names)
+    path = plan.save(tmp_path / "plan.json")
+    assert Plan.load(path) == plan and plan.without_paths == tuple(sorted(set(names)))
+    lines = [line.strip(" ,") for line in path.read_text().splitlines()]
+    assert '"layers.0.path/0-1-1"' in lines and '"layers.1.path/1-0-1"' in lines
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
