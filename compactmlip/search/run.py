@@ -18,10 +18,11 @@ from compactmlip.compress.compensate import HeldOutError
 from compactmlip.compress.compress import Compressed, compress, some_structures
 from compactmlip.compress.cost import Budget, Setting, Shapes, memory as memory_cost
 from compactmlip.compress.importance import importance
+from compactmlip.compress.path_importance import path_importance
 from compactmlip.compress.plan_file import Plan
 from compactmlip.compress.scores_file import load_scores, save_scores
 from compactmlip.compress.tapped import Scores
-from compactmlip.data.graph import build_graph
+from compactmlip.data.graph import GraphBatch, build_graph
 from compactmlip.data.label import label
 from compactmlip.errors import InputError
 from compactmlip.models import model_dtype, model_spec, num_parameters, record_step, work
@@ -105,7 +106,7 @@ class _Search:
         self.graph = build_graph(big, model_spec(teacher), torch.float32)
         self.setting = Setting(options.atoms, len(self.graph.centers) / len(big))
         self.memory = memory_cost(self.shapes, self.setting)
-        self.scores = self._scores()
+        self.scores, self.path_scores = self._scores(), self._path_scores()
         self.space = Space(
             self.shapes, options.round_to, options.criteria, self.scores, odd_paths=options.odd_paths
         )
@@ -160,7 +161,7 @@ class _Search:
 
     def _seeds(self, bound: float) -> Iterator[tuple[str, Plan]]:
         """Plans of known kinds, at one speed."""
-        return seeds(self.space, self.scores, self._load(bound))
+        return seeds(self.space, self.scores, self.path_scores, self._load(bound))
 
     def _load(self, bound: float) -> Callable[[Plan], float]:
         """Largest of what a plan needs over what is allowed."""
@@ -207,13 +208,19 @@ class _Search:
         path = scores_file(self.folder, criterion)
         if path.is_file():
             return load_scores(path, self.teacher)[0]
-        graphs = [
-            build_graph(a, model_spec(self.teacher), model_dtype(self.teacher)) for a in self.frames.fit
-        ]
-        used = some_structures(graphs, self.options.seed)
+        used = self._calibration()
         scores = importance(self.teacher, used, criterion, seed=self.options.seed, progress=self.progress)
         save_scores(path, scores, self.teacher, criterion=criterion)
         return scores
+
+    def _path_scores(self) -> dict[str, float]:
+        return path_importance(self.teacher, self._calibration(), progress=self.progress)
+
+    def _calibration(self) -> list[GraphBatch]:
+        return some_structures(self._graphs(self.frames.fit), self.options.seed)
+
+    def _graphs(self, frames: Sequence[Atoms]) -> list[GraphBatch]:
+        return [build_graph(a, model_spec(self.teacher), model_dtype(self.teacher)) for a in frames]
 
     def _speed(self) -> SpeedModel:
         path = self.folder / "speed.json"
@@ -309,12 +316,9 @@ class _Search:
         return far
 
     def _compressed(self, plan: Plan) -> Compressed:
-        graphs = [
-            build_graph(a, model_spec(self.teacher), model_dtype(self.teacher)) for a in self.all_frames
-        ]
         made = compress(
             self.teacher,
-            graphs,
+            self._graphs(self.all_frames),
             plan,
             scores=self.scores[plan.importance],
             seed=self.options.seed,

@@ -19,14 +19,21 @@ TAPERED = ("128x0+64x1", "128x0+64x1+32x2")
 
 TAPERS = (0.3, 3.0)
 
+PATHS_FIRST = (1.0, 1.5)
+"""Loads that plans with all channels are brought to by cutting paths; cutting channels does the rest."""
+
 
 def seeds(
-    space: Space, scores: Mapping[str, Scores], load: Callable[[Plan], float]
+    space: Space,
+    scores: Mapping[str, Scores],
+    paths: Mapping[str, float],
+    load: Callable[[Plan], float],
 ) -> Iterator[tuple[str, Plan]]:
     """Sources and plans with a load of at most one.
 
     First what a ranking of all channels leaves, by each criterion and with each order of the harmonics of
-    edges; then plans with the same channels in all layers; then some that thin out towards one end.
+    edges; then plans with many channels that lose paths of the tensor products; plans with the same channels
+    in all layers; and some that thin out towards one end.
 
     Parameters
     ----------
@@ -34,10 +41,13 @@ def seeds(
         Variables.
     scores
         Of all channels, by criterion.
+    paths
+        Of all paths.
     load
         What a plan needs over what is allowed.
     """
     yield from _ranked(space, scores, load)
+    yield from _without_paths(space, paths, load)
     for text in SHAPES:
         for extra in (0, 1):
             plan = space.uniform(text)
@@ -67,3 +77,39 @@ def _ranked(
         made = space.scaled(ranked, load)
         if made is not None:
             yield "ranking", made
+
+
+def _without_paths(
+    space: Space, paths: Mapping[str, float], load: Callable[[Plan], float]
+) -> Iterator[tuple[str, Plan]]:
+    """Plans with all channels up to some order that lose paths, and then channels."""
+    orders = range(max(map(len, space.full)))
+    terms = [f"{max(c[l] for c in space.full if l < len(c))}x{l}" for l in orders]
+    for highest, bound in itertools.product(range(1, len(terms)), PATHS_FIRST):
+        text = "+".join(terms[: highest + 1])
+        thin = thinned(space, space.uniform(text, highest), paths, load, bound)
+        made = thin and space.scaled(thin, load)
+        if made:
+            yield f"{text} without {len(made.without_paths)} paths", made
+
+
+def thinned(
+    space: Space, plan: Plan, paths: Mapping[str, float], load: Callable[[Plan], float], bound: float
+) -> Plan | None:
+    """The plan without as many of its paths as a load of ``bound`` takes; None if all are too few.
+
+    Those that are worth least for the time that they take go first.
+    """
+
+    def without(names: list[str]) -> Plan:
+        return plan.model_copy(update={"without_paths": tuple(sorted({*plan.without_paths, *names}))})
+
+    whole = load(plan)
+    kept = space.kept_paths(plan)
+    price = {name: paths[name] / max(whole - load(without([name])), 1e-12 * whole) for name in kept}
+    order = sorted(kept, key=lambda name: price[name])
+    for count in range(len(order) + 1):
+        made = without(order[:count])
+        if load(made) <= bound:
+            return made
+    return None

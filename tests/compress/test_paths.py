@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import mace_models
+import numpy as np
 import pytest
 import torch
 from ase import Atoms
@@ -14,6 +15,7 @@ from ase.build import bulk
 from torch import nn
 
 from compactmlip.compress.compress import compress
+from compactmlip.compress.path_importance import path_importance
 from compactmlip.compress.plan_file import Plan
 from compactmlip.data.graph import build_graph, energy_and_derivatives
 from compactmlip.deploy.lower.lower import lower_on_grid
@@ -95,3 +97,31 @@ def test_mace_torch_has_all_paths() -> None:
     cut = compress(model, [graph], _whole(model, CUT[0]), with_compensation=False).model
     with pytest.raises(UnsupportedFeatureError, match="paths of the convolution"):
         constructor_arguments(model_spec(cut), 1.0)
+
+
+def test_importance_is_the_squared_derivative_by_a_factor(model: nn.Module) -> None:
+    graphs = []
+    for seed in range(2):
+        atoms = _atoms(model)
+        atoms.rattle(0.1, seed=seed)
+        graphs.append(build_graph(atoms, model_spec(model)))
+    found = path_importance(model, graphs)
+    assert set(found) == {name for name in channel_graph(model_spec(model)).groups if ".path/" in name}
+    parameters = dict(model.named_parameters())
+    for name in CUT:
+        (slot,) = (s for s in channel_graph(model_spec(model)).groups[name].slots if ".down." in s.parameter)
+        energies = []
+        for factor in (1 + 1e-4, 1 - 1e-4):
+            with torch.no_grad():
+                own = parameters[slot.parameter].narrow(slot.axis, slot.offset, slot.block)
+                before = own.clone()
+                own *= factor
+                energies.append([float(energy_and_derivatives(model, g).energies) for g in graphs])
+                own.copy_(before)
+        slopes = (np.array(energies[0]) - np.array(energies[1])) / 2e-4
+        assert found[name] == pytest.approx(float(np.mean(slopes**2)), rel=1e-5)
+
+
+def test_importance_needs_structures(model: nn.Module) -> None:
+    with pytest.raises(InputError, match="at least one"):
+        path_importance(model, [])
