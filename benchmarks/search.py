@@ -59,9 +59,9 @@ GOAL = 0.8
 
 
 def is_uniform(plan: Plan) -> bool:
-    """Whether all layers have the same channels, as far as the last one (scalars only) can."""
+    """Whether all layers have the same channels, as far as the last one (scalars only) can, and all paths."""
     first = plan.channels[0]
-    return all(c == first[: len(c)] for c in plan.channels)
+    return not plan.without_paths and all(c == first[: len(c)] for c in plan.channels)
 
 
 class Bench:
@@ -73,7 +73,9 @@ class Bench:
         self.test = read_structures(given.test)
         present = {s for a in (*self.frames, *self.test) for s in a.get_chemical_symbols()}
         self.teacher: nn.Module = keep_species(load_model(given.teacher, dtype=None), present)
-        self.options = SearchOptions(speedup=given.speedup, minutes=given.minutes, seed=given.seed)
+        self.options = SearchOptions(
+            speedup=given.speedup, minutes=given.minutes, seed=given.seed, workers=given.workers
+        )
         self.shapes = Shapes(self.teacher)
         self.space = Space(self.shapes, self.options.round_to, self.options.criteria, odd_paths=False)
 
@@ -97,8 +99,7 @@ class Bench:
         for (name, plan), speed in zip(plans.items(), speeds, strict=True):
             model, error = self.final(plan)
             errors[name] = error[1]
-            edges = "" if plan.edge_order is None else f", edges l <= {plan.edge_order}"
-            text = f"{plan.target}{edges}, {plan.importance}"
+            text = f"{plan.summary}, {plan.importance}"
             rows.append([name, text, num_parameters(model), speed, held_out[name], *error])
         ratio = errors["search"] / errors["best uniform"]
         verdict = "reached" if ratio <= GOAL and speeds[1] >= 0.97 * speeds[0] else "NOT reached"
@@ -202,6 +203,7 @@ def main(arguments: Sequence[str]) -> None:
     options.add_argument("--speedup", default="8x")
     options.add_argument("--minutes", type=float, default=25.0)
     options.add_argument("--uniform", type=int, default=len(UNIFORM), help="number of proportions")
+    options.add_argument("--workers", type=int, default=1, help="processes of the search")
     options.add_argument("--seed", type=int, default=0)
     given = options.parse_args(arguments)
     torch.set_num_threads(given.threads)

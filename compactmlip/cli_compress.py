@@ -187,7 +187,7 @@ def prune(
     text = f"wrote {path}: {before} -> {after} parameters"
     values: dict[str, Any] = {"output": path, "parameters_before": before, "parameters": after}
     if isinstance(target, Plan):
-        text += f", channels {target.target}"
+        text += f", channels {target.summary}"
         values["channels"] = target.target
     if made.compensation is not None:
         refit = made.compensation

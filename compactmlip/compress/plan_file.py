@@ -64,6 +64,13 @@ class Plan(BaseModel):
         return ",".join(self.layers)
 
     @property
+    def summary(self) -> str:
+        """One line for people: the channels, and what else is cut."""
+        edges = "" if self.edge_order is None else f", edges l <= {self.edge_order}"
+        number = len(self.without_paths)
+        return f"{self.target}{edges}" + (f", without {number} path{'s'[: number > 1]}" if number else "")
+
+    @property
     def channels(self) -> tuple[Channels, ...]:
         """Channels per order for each layer."""
         return tuple(parse_channels(layer) for layer in self.layers)

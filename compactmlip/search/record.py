@@ -54,7 +54,7 @@ class Found:
         speed = "" if self.speedup is None else f", {self.speedup:.1f} times as fast"
         verdict = "" if self.meets_target else "; the target was NOT met, this comes closest"
         return (
-            f"wrote {folder / 'plan.json'} and {folder / 'pruned.safetensors'}: {self.chosen.plan.target}, "
+            f"wrote {folder / 'plan.json'} and {folder / 'pruned.safetensors'}: {self.chosen.plan.summary}, "
             f"held-out force MAE {self.chosen.error.forces:.1f} meV/A{speed} ({self.candidates} candidates)"
             f"{verdict}"
         )
@@ -64,6 +64,7 @@ class Found:
         return {
             "output": folder,
             "plan": self.chosen.plan.target,
+            "without_paths": list(self.chosen.plan.without_paths),
             "force_mae_meV_per_A": self.chosen.error.forces,
             "speedup": self.speedup,
             "meets_target": self.meets_target,

@@ -262,7 +262,7 @@ class _Search:
         measured = {
             "speedup": speedups[best],
             "finalists": [
-                {"plan": c.plan.target, "force_mae_meV_per_A": c.error.forces, "speedup": s}
+                {"plan": c.plan.summary, "force_mae_meV_per_A": c.error.forces, "speedup": s}
                 for c, s in zip(finalists, speedups, strict=True)
             ],
         }

@@ -26,6 +26,10 @@ def test_paths_are_sorted_one_per_line(tmp_path: Path) -> None:
     plan = Plan.uniform("8x0", 2, without_paths=names)
     path = plan.save(tmp_path / "plan.json")
     assert Plan.load(path) == plan and plan.without_paths == tuple(sorted(set(names)))
+    assert plan.summary == "8x0,8x0, without 2 paths"
+    assert Plan.uniform("8x0", 1, edge_order=1, without_paths=names[:1]).summary.endswith(
+        "<= 1, without 1 path"
+    )
     lines = [line.strip(" ,") for line in path.read_text().splitlines()]
     assert '"layers.0.path/0-1-1"' in lines and '"layers.1.path/1-0-1"' in lines
 

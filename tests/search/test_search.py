@@ -30,6 +30,7 @@ from compactmlip.search.exchange import exchanged
 from compactmlip.search.options import SearchOptions
 from compactmlip.search.race import Race, is_complete
 from compactmlip.search.run import search
+from compactmlip.search.seeds import seeds, thinned
 from compactmlip.search.space import EDGE, Space
 from compactmlip.search.speed import SpeedModel, Stopwatch
 from compactmlip.search.study import Candidate, Study, front
@@ -362,6 +363,35 @@ def test_paths_that_go_make_room(teacher: nn.Module) -> None:
         assert any(name.startswith(f"layers.{t}.") for name in space.paths)
     scaled = space.scaled(seen[-1], lambda p: 2 * load(p))
     assert scaled is not None and scaled.without_paths == seen[-1].without_paths
+
+
+def test_first_plans_lose_paths_before_channels(teacher: nn.Module) -> None:
+    """Of two paths that take the same time, the one that is worth less goes first."""
+    space = Space(Shapes(teacher), 2)
+    shapes = space.shapes
+    scores = {
+        c: {n: np.arange(g.size)[::-1] + 1.0 for n, g in shapes.graph.groups.items()} for c in ("taylor",)
+    }
+    worth = {name: 1.0 + k for k, name in enumerate(shapes.graph.groups) if ".path/" in name}
+    whole = work(shapes.spec).multiply_adds(10)
+
+    def load(plan: Plan) -> float:
+        return work(shapes.pruned(plan)).multiply_adds(10) / (0.5 * whole)
+
+    made = [(source, plan) for source, plan in seeds(space, scores, worth, load) if "without" in source]
+    assert {source.partition(" ")[0] for source, _ in made} == {"16x0+8x1", "16x0+8x1+4x2"}
+    assert all(load(plan) <= 1 for _, plan in made)
+    assert made[0][1].layers[0] == "16x0+8x1", "paths alone are enough"
+    whole_plan = space.uniform("16x0+8x1+4x2", 2)
+    plan = thinned(space, whole_plan, worth, load, 1.0)
+    assert plan is not None and load(plan) <= 1 and plan.layers == whole_plan.layers
+    assert load(thinned(space, whole_plan, worth, load, 1.5) or plan) > 1
+    kept = space.kept_paths(plan)
+    # Equal shapes in both layers: what the first lost costs the same in the second, where it is worth more.
+    for name in plan.without_paths:
+        if name.startswith("layers.1.") and name.replace("layers.1.", "layers.0.") in space.paths:
+            assert name.replace("layers.1.", "layers.0.") not in kept
+    assert thinned(space, whole_plan, worth, lambda p: 2.0, 1.0) is None
 
 
 def test_nothing_to_exchange(teacher: nn.Module) -> None:
