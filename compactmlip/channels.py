@@ -49,6 +49,16 @@ def format_channels(channels: Iterable[int]) -> str:
     return "+".join(f"{c}x{l}" for l, c in enumerate(channels) if c) or "none"
 
 
+def path_group(t: int, path: tuple[int, int, int]) -> str:
+    """Name of the group that stands for one path (l1, l2, l3) of the tensor product of layer ``t``."""
+    return f"layers.{t}.path/{path[0]}-{path[1]}-{path[2]}"
+
+
+def is_path(name: str) -> bool:
+    """Whether a group stands for a path of a tensor product."""
+    return ".path/" in name
+
+
 @dataclass(frozen=True)
 class Slot:
     """Where a group's channels live in one parameter.

@@ -13,7 +13,15 @@ from torch import Tensor, nn
 from compactmlip.channels import Slot
 from compactmlip.compress.reconstruction import reconstruction_importance
 from compactmlip.compress.second_order import energy_curvature, force_curvature
-from compactmlip.compress.tapped import Scores, group_sizes, is_on_edges, structure_of, sums, taylor_products
+from compactmlip.compress.tapped import (
+    Scores,
+    group_sizes,
+    is_on_edges,
+    require_structures,
+    structure_of,
+    sums,
+    taylor_products,
+)
 from compactmlip.data.graph import MAX_EDGES, GraphBatch, batches_by_edges, collate
 from compactmlip.errors import InputError, did_you_mean
 from compactmlip.models import channel_graph, model_device, model_dtype, model_spec
@@ -124,8 +132,7 @@ def _mean_over_structures(
     progress: bool,
 ) -> Scores:
     graphs = list(graphs)
-    if not graphs:
-        raise InputError("importance needs at least one calibration structure.")
+    require_structures(graphs)
     totals = {name: np.zeros(size) for name, size in group_sizes(model).items()}
     num_atoms = sum(len(g.species) for g in graphs)
     with Track("importance", num_atoms, enabled=progress) as track:

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from compactmlip.compress.plan import PATH
+from compactmlip.channels import is_path
+from compactmlip.compress.tapped import require_structures
 from compactmlip.data.graph import GraphBatch
-from compactmlip.errors import InputError
 from compactmlip.models import channel_graph, model_device, model_dtype, model_spec
 from compactmlip.progress import Track
 
@@ -43,10 +43,9 @@ def path_importance(
     InputError
         If there is no structure.
     """
-    if not graphs:
-        raise InputError("importance needs at least one calibration structure.")
+    require_structures(graphs)
     groups = channel_graph(model_spec(model)).groups
-    slots = {name: group.slots for name, group in groups.items() if PATH in name}
+    slots = {name: group.slots for name, group in groups.items() if is_path(name)}
     own = dict(model.named_parameters())
     used = {slot.parameter: own[slot.parameter] for parts in slots.values() for slot in parts}
     totals = dict.fromkeys(slots, 0.0)

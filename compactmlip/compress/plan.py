@@ -8,15 +8,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from compactmlip import models
-from compactmlip.channels import ChannelGraph, Channels, Mask, parse_channels
+from compactmlip.channels import ChannelGraph, Channels, Mask, is_path, parse_channels
 from compactmlip.compress.tapped import Scores
 from compactmlip.errors import InputError, did_you_mean
 from compactmlip.models import channel_graph
 from compactmlip.models.targets import TargetOptions, Targets, Tie
 from compactmlip.spec import ModelSpec
-
-PATH = ".path/"
-"""Part of the names of groups that stand for paths of the tensor products."""
 
 
 def parse_target(text: str, num_layers: int) -> list[Channels]:
@@ -70,8 +67,8 @@ def target_sizes(
     options = TargetOptions(radial_hidden, readout_hidden, odd_paths, edge_order, tuple(without_paths))
     targets = models.target_sizes(spec, target, options)
     for name in without_paths:
-        if targets.sizes.get(name) != 0 or PATH not in name:
-            known = [group for group in channel_graph(spec).groups if PATH in group]
+        if targets.sizes.get(name) != 0 or not is_path(name):
+            known = [group for group in channel_graph(spec).groups if is_path(group)]
             raise InputError(
                 f"the model has no tensor-product path '{name}' that could be cut; paths are named like "
                 f"{known[-1] if known else 'layers.1.path/0-1-1'}.{did_you_mean(name, known)}"

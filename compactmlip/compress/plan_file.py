@@ -68,7 +68,9 @@ class Plan(BaseModel):
         """One line for people: the channels, and what else is cut."""
         edges = "" if self.edge_order is None else f", edges l <= {self.edge_order}"
         number = len(self.without_paths)
-        return f"{self.target}{edges}" + (f", without {number} path{'s'[: number > 1]}" if number else "")
+        return f"{self.target}{edges}" + (
+            f", without {number} path{'s' if number > 1 else ''}" if number else ""
+        )
 
     @property
     def channels(self) -> tuple[Channels, ...]:

@@ -16,9 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from compactmlip.channels import ChannelGroup
-from compactmlip.compress.tapped import Scores, group_sizes
+from compactmlip.compress.tapped import Scores, group_sizes, require_structures
 from compactmlip.data.graph import MAX_EDGES, GraphBatch, batches_by_edges, collate
-from compactmlip.errors import InputError
 from compactmlip.models import (
     channel_graph,
     linear_stages,
@@ -50,8 +49,7 @@ def reconstruction_importance(
     InputError
         If there is no structure.
     """
-    if not graphs:
-        raise InputError("importance needs at least one calibration structure.")
+    require_structures(graphs)
     batches = [
         collate([graphs[k] for k in indices]).to(model_device(model), model_dtype(model))
         for indices in batches_by_edges(graphs, max_edges)

@@ -10,10 +10,23 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from compactmlip.data.graph import GraphBatch
+from compactmlip.errors import InputError
 from compactmlip.models import channel_graph, model_spec
 
 Scores = dict[str, NDArray[np.float64]]
 """Score of each channel by channel-group name."""
+
+
+def require_structures(graphs: Sequence[GraphBatch]) -> None:
+    """Refuse to score anything without structures.
+
+    Raises
+    ------
+    InputError
+        If there is none.
+    """
+    if not graphs:
+        raise InputError("importance needs at least one calibration structure.")
 
 
 def group_sizes(model: nn.Module) -> dict[str, int]:

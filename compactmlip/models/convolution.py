@@ -64,11 +64,6 @@ def radial_columns(paths: Sequence[Path], channels: Sequence[int]) -> dict[Path,
     return columns
 
 
-def path_group(t: int, path: Path) -> str:
-    """Name of the channel group that stands for one path of layer ``t``."""
-    return f"layers.{t}.path/{path[0]}-{path[1]}-{path[2]}"
-
-
 def message_rows(paths: Sequence[Path], channels: Sequence[int]) -> dict[Path, slice]:
     """Channels of the order-l3 message that each path fills."""
     rows: dict[Path, slice] = {}

@@ -8,10 +8,10 @@ from functools import lru_cache
 import numpy as np
 import torch
 
-from compactmlip.channels import ChannelGraph, ChannelGroup, Channels, Mask, Slot
+from compactmlip.channels import ChannelGraph, ChannelGroup, Channels, Mask, Slot, path_group
 from compactmlip.errors import InputError
 from compactmlip.models.contraction import weight_key
-from compactmlip.models.convolution import message_rows, path_group, radial_columns
+from compactmlip.models.convolution import message_rows, radial_columns
 from compactmlip.models.mace import MACE
 from compactmlip.models.mace_architecture import MACEArchitecture, MACELayer, MACEReadout, Positions
 from compactmlip.models.products import products

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from compactmlip.channels import Channels, format_channels
-from compactmlip.models.convolution import path_group
+from compactmlip.channels import Channels, format_channels, path_group
 from compactmlip.models.mace_architecture import MACEArchitecture, MACELayer
 from compactmlip.models.targets import TargetOptions, Targets, Tie
 from compactmlip.spec import ModelSpec

@@ -7,9 +7,9 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 import torch
 
-from compactmlip.channels import ChannelGraph, ChannelGroup, Channels, Mask, Slot
+from compactmlip.channels import ChannelGraph, ChannelGroup, Channels, Mask, Slot, path_group
 from compactmlip.errors import InputError
-from compactmlip.models.convolution import message_rows, path_group, radial_columns
+from compactmlip.models.convolution import message_rows, radial_columns
 from compactmlip.models.nequip import NequIP, NequIPArchitecture, NequIPLayer
 from compactmlip.spec import ModelSpec
 

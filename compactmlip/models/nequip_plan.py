@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from compactmlip.channels import Channels
-from compactmlip.models.convolution import path_group
+from compactmlip.channels import Channels, path_group
 from compactmlip.models.nequip import NequIPArchitecture
 from compactmlip.models.targets import TargetOptions, Targets
 from compactmlip.spec import ModelSpec

@@ -6,6 +6,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -208,14 +209,16 @@ class _Search:
         path = scores_file(self.folder, criterion)
         if path.is_file():
             return load_scores(path, self.teacher)[0]
-        used = self._calibration()
-        scores = importance(self.teacher, used, criterion, seed=self.options.seed, progress=self.progress)
+        scores = importance(
+            self.teacher, self._calibration, criterion, seed=self.options.seed, progress=self.progress
+        )
         save_scores(path, scores, self.teacher, criterion=criterion)
         return scores
 
     def _path_scores(self) -> dict[str, float]:
-        return path_importance(self.teacher, self._calibration(), progress=self.progress)
+        return path_importance(self.teacher, self._calibration, progress=self.progress)
 
+    @cached_property
     def _calibration(self) -> list[GraphBatch]:
         return some_structures(self._graphs(self.frames.fit), self.options.seed)
 

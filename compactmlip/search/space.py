@@ -7,10 +7,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import numpy as np
 from optuna.distributions import BaseDistribution, IntDistribution
 
-from compactmlip.channels import Channels
+from compactmlip.channels import Channels, is_path
 from compactmlip.compress.allocate import full_channels
 from compactmlip.compress.cost import Shapes
-from compactmlip.compress.plan import PATH
 from compactmlip.compress.plan_file import Plan
 from compactmlip.compress.tapped import Scores
 from compactmlip.search.speed import capped
@@ -61,7 +60,7 @@ class Space:
         edges = [name for name in shapes.graph.groups if name.startswith("edge_harmonics/")]
         self.edge_orders = len(edges) - 1 if edges else None
         # Every layer keeps the path that all plans have, so that none is left without any.
-        self.paths = tuple(n for n in shapes.graph.groups if PATH in n and not n.endswith("/0-0-0"))
+        self.paths = tuple(n for n in shapes.graph.groups if is_path(n) and not n.endswith("/0-0-0"))
 
     @property
     def bounds(self) -> dict[str, tuple[int, int]]:
