@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from itertools import pairwise
 
@@ -32,7 +33,7 @@ def _interaction(layer: MACELayer, into: Channels, *, first: bool) -> Work:
     made = gate_input_channels(layer.down) if nonlinear else layer.down
     if first:
         found = convolution_work({(0, l, l): size for l, size in enumerate(made) if size})
-        total = Work(convolution=found.convolution, tables=found.tables, kept=found.kept)
+        total = replace(found, gathered=0.0)
     else:
         paths = {path: layer.up[path[0]] for path in layer.paths}
         up = {l: (into[l], padded(size)) for l, size in enumerate(layer.up) if size and l < len(into)}

@@ -30,6 +30,9 @@ class Work:
         Radial weights looked up, per edge; channels padded.
     gathered
         Features of neighbours that are read, per edge; channels padded.
+    couplings
+        Coupling entries (2 l1 + 1)(2 l3 + 1) that are formed for the paths of a convolution, per edge,
+        whatever the number of channels: with few of these, most of the time.
     kept
         Numbers stored until the forces are computed, per atom.
     """
@@ -39,6 +42,7 @@ class Work:
     convolution: float = 0.0
     tables: float = 0.0
     gathered: float = 0.0
+    couplings: float = 0.0
     kept: float = 0.0
 
     def __add__(self, other: Work) -> Work:
@@ -46,14 +50,19 @@ class Work:
 
     def per_atom(self, edges_per_atom: float) -> dict[str, float]:
         """All parts per atom, by name."""
-        scale = {"convolution": edges_per_atom, "tables": edges_per_atom, "gathered": edges_per_atom}
-        return {f.name: getattr(self, f.name) * scale.get(f.name, 1.0) for f in fields(Work)}
+        return {
+            f.name: getattr(self, f.name) * (edges_per_atom if f.name in PER_EDGE else 1.0)
+            for f in fields(Work)
+        }
 
     def multiply_adds(self, edges_per_atom: float) -> float:
         """Multiply-adds per atom of the energy (its gradient takes about twice as many in addition)."""
         parts = self.per_atom(edges_per_atom)
         return parts["dense"] + parts["products"] + parts["convolution"] + TABLE_COST * parts["tables"]
 
+
+PER_EDGE = frozenset({"convolution", "tables", "gathered", "couplings"})
+"""Parts of the work that are counted per edge; the others are per atom."""
 
 TABLE_COST = 6.0
 """Multiply-adds to interpolate one radial weight and its slope from a quintic table."""
@@ -77,6 +86,7 @@ def convolution_work(paths: Mapping[tuple[int, int, int], int]) -> Work:
         convolution=float(sum(coupling_terms(*p) * padded(size) for p, size in paths.items())),
         tables=float(sum(padded(size) for size in paths.values())),
         gathered=float(sum((2 * l + 1) * size for l, size in sent.items())),
+        couplings=float(sum((2 * l1 + 1) * (2 * l3 + 1) for l1, _, l3 in paths)),
         kept=float(sum((2 * p[2] + 1) * padded(size) for p, size in paths.items())),
     )
 

@@ -21,6 +21,9 @@ FEWER_PATHS = 0.75
 FEW = 0.6
 """Probability that no further block goes to the place that grows, and that no further path changes."""
 
+STEPS = 12
+"""Exchanges that lead to a plan of the same kind as those of a search, but like none of them."""
+
 Load = Callable[[Plan], float]
 
 
@@ -68,6 +71,14 @@ def exchanged(space: Space, plan: Plan, load: Load, rng: np.random.Generator) ->
         return space.plan(blocks | fixed, cut)
 
     return _balanced(space, blocks, place, made, load, rng)
+
+
+def wandered(space: Space, plan: Plan, load: Load, seed: int, steps: int = STEPS) -> Plan:
+    """What many random exchanges in a row make of a plan: others of the kind that a search is going to see."""
+    rng = np.random.default_rng(seed)
+    for _ in range(steps):
+        plan = exchanged(space, plan, load, rng) or plan
+    return plan
 
 
 def _other_paths(space: Space, plan: Plan, rng: np.random.Generator) -> tuple[str, ...]:

@@ -29,13 +29,14 @@ from compactmlip.errors import InputError
 from compactmlip.models import model_dtype, model_spec, num_parameters, record_step, work
 from compactmlip.progress import Track
 from compactmlip.search.evaluate import Frames, PlanError, split_frames
+from compactmlip.search.exchange import wandered
 from compactmlip.search.halving import successive_halving
 from compactmlip.search.options import SearchOptions
 from compactmlip.search.race import Objective, is_complete
 from compactmlip.search.record import Found, State, digest_of, identity_of, write_results
 from compactmlip.search.seeds import seeds
 from compactmlip.search.space import EDGE, Space
-from compactmlip.search.speed import SpeedModel, Stopwatch, probe_plans
+from compactmlip.search.speed import SpeedModel, Stopwatch, key, probe_plans
 from compactmlip.search.study import Candidate, Study
 from compactmlip.search.workers import Workers, open_workers, scores_file
 from compactmlip.validate.supercells import near_size
@@ -234,7 +235,12 @@ class _Search:
         self.speed = watch.fitted()
         # Then plans of the kind that is going to be predicted.
         bound = MARGIN / (self.options.factor or SPEEDS[1])
-        near: dict[str, Plan] = {plan.target: plan for _, plan in self._seeds(bound)}
+        near = {key(plan): plan for _, plan in self._seeds(bound)}
+        far = (
+            wandered(self.space, p, self._load(bound), self.options.seed + k)
+            for k, p in enumerate(near.values())
+        )
+        near |= {key(plan): plan for plan in far}
         if near:
             watch.measure(list(near.values()), self.progress)
         made = watch.fitted(bound)

@@ -143,7 +143,7 @@ class SpeedModel(BaseModel):
     def relative_time(self, counted: Work) -> float:
         """Predicted time over that of the uncut model."""
         parts = counted.per_atom(self.edges_per_atom)
-        return self.constant + sum(self.coefficients[name] * value for name, value in parts.items())
+        return self.constant + sum(self.coefficients.get(name, 0.0) * value for name, value in parts.items())
 
 
 class Stopwatch:

@@ -282,7 +282,7 @@ def test_tapered_plans_thin_out(teacher: nn.Module) -> None:
 
 def test_speed_model_finds_what_the_times_are_made_of() -> None:
     rng = np.random.default_rng(0)
-    works = [Work(*rng.uniform(1, 10, size=6)) for _ in range(12)]
+    works = [Work(*rng.uniform(1, 10, size=7)) for _ in range(12)]
     times = [0.1 + 0.02 * w.dense + 0.5 * 3 * w.convolution for w in works]
     found = SpeedModel.fit(list(zip(works, times, strict=True)), 3.0, 1.0)
     assert found.deviation < 1e-6
