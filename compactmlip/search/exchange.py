@@ -74,7 +74,7 @@ def exchanged(space: Space, plan: Plan, load: Load, rng: np.random.Generator) ->
 
 
 def wandered(space: Space, plan: Plan, load: Load, seed: int, steps: int = STEPS) -> Plan:
-    """What many random exchanges in a row make of a plan: others of the kind that a search is going to see."""
+    """What many random exchanges in a row make of a plan: one of the kind that a search is going to see."""
     rng = np.random.default_rng(seed)
     for _ in range(steps):
         plan = exchanged(space, plan, load, rng) or plan

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+import signal
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 
+import torch
 from ase import Atoms
 from torch import nn
 
 from compactmlip.errors import InputError
+from compactmlip.progress import Track
 from compactmlip.train.distil import DistilOptions, DistilResult, distil
 
 
@@ -36,6 +42,10 @@ class Trained:
         return self.result.errors.forces.mae
 
 
+Job = tuple[str, int, nn.Module, DistilOptions, Path]
+"""Name, round, student, options and folder of a training."""
+
+
 def successive_halving(
     students: Mapping[str, nn.Module],
     train: Sequence[Atoms],
@@ -44,6 +54,7 @@ def successive_halving(
     folder: Path,
     *,
     options: DistilOptions | None = None,
+    workers: int = 1,
     progress: bool = False,
 ) -> list[Trained]:
     """Train all students; after each round the better half goes on (Jamieson & Talwalkar 2016).
@@ -63,6 +74,8 @@ def successive_halving(
         Where the trainings are kept.
     options
         How to train; its budget is replaced.
+    workers
+        Processes that train at the same time, with one thread each; 1 trains in this process.
 
     Returns
     -------
@@ -76,19 +89,64 @@ def successive_halving(
     """
     if not students:
         raise InputError("successive halving needs at least one student.")
-    rounds = max(1, math.ceil(math.log2(len(students))) + 1) if len(students) > 1 else 1
+    rounds = math.ceil(math.log2(len(students))) + 1
     options = options or DistilOptions()
     left = dict(students)
     done: list[Trained] = []
-    for k in range(1, rounds + 1):
-        share = minutes / rounds / len(left)
-        budget = options.model_copy(update={"max_epochs": None, "max_minutes": share})
-        results = [
-            Trained(name, k, distil(model, train, valid, budget, folder / f"{name}-{k}", progress))
-            for name, model in left.items()
-        ]
-        results.sort(key=lambda trained: -trained.forces)
-        done += results
-        keep = results[len(results) // 2 :]
-        left = {trained.name: trained.result.model for trained in keep}
+    with _trainers(train, valid, min(workers, len(students)), progress) as run:
+        for k in range(1, rounds + 1):
+            share = minutes / rounds / math.ceil(len(left) / workers)
+            budget = options.model_copy(update={"max_epochs": None, "max_minutes": share})
+            jobs = [(name, k, model, budget, folder / f"{name}-{k}") for name, model in left.items()]
+            results = sorted(run(jobs), key=lambda trained: -trained.forces)
+            done += results
+            keep = results[len(results) // 2 :]
+            left = {trained.name: trained.result.model for trained in keep}
     return done
+
+
+@contextmanager
+def _trainers(
+    train: Sequence[Atoms], valid: Sequence[Atoms], workers: int, progress: bool
+) -> Iterator[Callable[[list[Job]], list[Trained]]]:
+    """What trains the students of a round, here or in several processes."""
+    if workers == 1:
+        yield lambda jobs: [_train(train, valid, job, progress) for job in jobs]
+        return
+    about = (list(train), list(valid))
+    processes = ProcessPoolExecutor(workers, get_context("spawn"), _begin, about)
+    try:
+        yield lambda jobs: _shown(processes.map(_train_in_worker, jobs), len(jobs), progress)
+    finally:
+        processes.shutdown(wait=True, cancel_futures=True)
+
+
+def _shown(results: Iterable[Trained], number: int, progress: bool) -> list[Trained]:
+    """Results, shown as they come."""
+    found: list[Trained] = []
+    with Track("training", number, "students", enabled=progress) as track:
+        for trained in results:
+            found.append(trained)
+            track.advance(1, f"{trained.name}, round {trained.round}: {trained.forces:.1f} meV/A")
+    return found
+
+
+def _train(train: Sequence[Atoms], valid: Sequence[Atoms], job: Job, progress: bool) -> Trained:
+    name, k, model, options, folder = job
+    return Trained(name, k, distil(model, train, valid, options, folder, progress))
+
+
+_sets: tuple[list[Atoms], list[Atoms]] | None = None
+
+
+def _begin(train: list[Atoms], valid: list[Atoms]) -> None:
+    global _sets
+    # An interruption ends the search's own process, which ends these.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(1)
+    _sets = train, valid
+
+
+def _train_in_worker(job: Job) -> Trained:
+    assert _sets is not None
+    return _train(*_sets, job, progress=False)

@@ -350,6 +350,7 @@ class _Search:
             valid,
             self.options.distil_minutes,
             self.folder / "distil",
+            workers=self.options.workers,
             progress=self.progress,
         )
         winner = results[-1]

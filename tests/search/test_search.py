@@ -215,10 +215,13 @@ def test_those_far_behind_leave_the_race_with_an_estimate(frames: list[Atoms]) -
     assert race.completed(second).error.forces == pytest.approx(52 / 3)
 
 
+@pytest.mark.parametrize("workers", [1, 2])
 def test_finalists_are_trained_by_halving(
-    teacher: nn.Module, frames: list[Atoms], tmp_path: Path, fake_speed: None
+    teacher: nn.Module, frames: list[Atoms], tmp_path: Path, fake_speed: None, workers: int
 ) -> None:
-    options = SearchOptions(speedup="2x", candidates=3, distil_minutes=0.05, finalists=2, **SMALL)
+    options = SearchOptions(
+        speedup="2x", candidates=3, distil_minutes=0.05, finalists=2, workers=workers, **SMALL
+    )
     search(teacher, frames, options, tmp_path, progress=False)
     rounds = json.loads((tmp_path / "halving.json").read_text())
     assert [row["round"] for row in rounds] in ([1, 1, 2], [1])
