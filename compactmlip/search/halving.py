@@ -17,6 +17,7 @@ from torch import nn
 
 from compactmlip.errors import InputError
 from compactmlip.progress import Track
+from compactmlip.search.study import PROPOSED, Candidate
 from compactmlip.train.distil import DistilOptions, DistilResult, distil
 
 
@@ -40,6 +41,35 @@ class Trained:
     def forces(self) -> float:
         """Force error on the validation frames, meV/Angstrom."""
         return self.result.errors.forces.mae
+
+
+LARGEST_LAG = 1.6
+"""Error after compensation, over the best one, with which the best of a kind is still trained."""
+
+
+def to_train(ranked: Sequence[Candidate], number: int) -> list[Candidate]:
+    """Candidates to train: the best half by rank, then the best of each kind that a search begins with.
+
+    Errors after compensation do not say what training makes of plans of different kinds, while close
+    relatives of the best one hardly differ.
+
+    Parameters
+    ----------
+    ranked
+        Best first.
+    number
+        How many.
+    """
+    chosen = list(ranked[: -(-number // 2)])
+    kinds: dict[str, Candidate] = {}
+    for candidate in ranked:
+        if (
+            candidate.source not in PROPOSED
+            and candidate.error.forces <= LARGEST_LAG * ranked[0].error.forces
+        ):
+            kinds.setdefault(candidate.source, candidate)
+    chosen += [c for c in kinds.values() if c not in chosen][: number - len(chosen)]
+    return [*chosen, *(c for c in ranked if c not in chosen)][:number]
 
 
 Job = tuple[str, int, nn.Module, DistilOptions, Path]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from compactmlip.checkpoint import atomic_write
-from compactmlip.search.study import Candidate, front
+from compactmlip.search.study import PROPOSED, Candidate, front
 
 
 def plot_front(
@@ -30,12 +30,7 @@ def plot_front(
     figure = Figure(figsize=(5.2, 3.8), layout="constrained")
     FigureCanvasAgg(figure)
     axis = figure.subplots()
-    groups = {
-        "uniform": [c for c in candidates if c.source.startswith("uniform")],
-        "ranking, tapered": [c for c in candidates if c.source.startswith(("ranking", "tapered"))],
-        "search": [c for c in candidates if c.source == "optuna"],
-    }
-    for (name, members), mark in zip(groups.items(), "s^o", strict=True):
+    for (name, members), mark in zip(by_source(candidates).items(), "o^s", strict=True):
         axis.plot([1 / c.time for c in members], [c.error.forces for c in members], mark, ms=4, label=name)
     best = front(candidates)
     axis.step(
@@ -53,3 +48,13 @@ def plot_front(
     kind = path.suffix[1:] or "png"
     atomic_write(path, lambda p: figure.savefig(p, format=kind, dpi=130))
     return path
+
+
+def by_source(candidates: Sequence[Candidate]) -> dict[str, list[Candidate]]:
+    """Candidates by where they come from, as the picture names it; each is in one of these groups."""
+    groups: dict[str, list[Candidate]] = {"search": [], "ranking, tapered, paths": [], "uniform": []}
+    for candidate in candidates:
+        uniform = candidate.source.startswith("uniform")
+        first = "uniform" if uniform else "ranking, tapered, paths"
+        groups["search" if candidate.source in PROPOSED else first].append(candidate)
+    return groups

@@ -25,12 +25,13 @@ from compactmlip.compress.scores_file import load_scores, save_scores
 from compactmlip.compress.tapped import Scores
 from compactmlip.data.graph import GraphBatch, build_graph
 from compactmlip.data.label import label
+from compactmlip.data.select import random_up_to
 from compactmlip.errors import InputError
 from compactmlip.models import model_dtype, model_spec, num_parameters, record_step, work
 from compactmlip.progress import Track
 from compactmlip.search.evaluate import Frames, PlanError, split_frames
 from compactmlip.search.exchange import wandered
-from compactmlip.search.halving import successive_halving
+from compactmlip.search.halving import successive_halving, to_train
 from compactmlip.search.options import SearchOptions
 from compactmlip.search.race import Objective, is_complete
 from compactmlip.search.record import Found, State, digest_of, identity_of, write_results
@@ -46,6 +47,9 @@ SPEEDS = (2.0, 4.0, 8.0, 16.0)
 
 MARGIN = 0.97
 """Candidates aim at this share of the time that is allowed: predictions err by a few per cent."""
+
+START_ATOMS = 2000
+"""Plans that are trained afterwards are refitted on structures of so many atoms: training does the rest."""
 
 STATE = "search.json"
 
@@ -285,8 +289,11 @@ class _Search:
         return Found(chosen, best in good, speedups[best], errors, len(candidates))
 
     def _checked(self, candidates: list[Candidate], workers: Workers) -> list[Candidate]:
-        """The best candidates, measured in all divisions of the structures."""
-        best = self._ranked(candidates)[: self.options.checked]
+        """The best candidates, and those that are going to be trained, measured in all divisions."""
+        ranked = self._ranked(candidates)
+        best = ranked[: self.options.checked]
+        if self.options.distil_minutes is not None:
+            best += [c for c in to_train(ranked, self.options.finalists) if c not in best]
         left = sum(self.options.splits - len(c.divisions) for c in best)
         with Track("check", max(left, 1), "plans", enabled=self.progress) as track:
             return self._ranked(workers.completed(best, track.advance))
@@ -299,6 +306,8 @@ class _Search:
         speedups: list[float] = []
         for _ in range(2):
             lot = ranked[: self.options.finalists]
+            if self.options.distil_minutes is not None:
+                lot = to_train(ranked, self.options.finalists)
             if not lot:
                 break
             times = watch.measure([c.plan for c in lot], self.progress)
@@ -324,10 +333,14 @@ class _Search:
             far += max(0.0, math.log(candidate.error.forces / self.options.force_mae))
         return far
 
-    def _compressed(self, plan: Plan) -> Compressed:
+    def _compressed(self, plan: Plan, atoms: int | None = None) -> Compressed:
+        """Cut model, refitted on all structures or on some with about so many atoms."""
+        frames = self.all_frames
+        if atoms is not None:
+            frames = [frames[k] for k in random_up_to([len(a) for a in frames], atoms, self.options.seed)]
         made = compress(
             self.teacher,
-            self._graphs(self.all_frames),
+            self._graphs(frames),
             plan,
             scores=self.scores[plan.importance],
             seed=self.options.seed,
@@ -343,7 +356,7 @@ class _Search:
         held = {digest_of(a) for a in self.frames.held_out}
         valid = [a for a in labelled if digest_of(a) in held]
         train = [a for a in labelled if digest_of(a) not in held]
-        students = {f"plan-{k}": self._compressed(c.plan).model for k, c in enumerate(pool)}
+        students = {f"plan-{k}": self._compressed(c.plan, START_ATOMS).model for k, c in enumerate(pool)}
         results = successive_halving(
             students,
             train,

@@ -37,6 +37,10 @@ EXCHANGES = 3
 """Of four proposals, so many are neighbours of a good candidate; the others are the optimiser's."""
 
 
+PROPOSED = "exchange", "optuna"
+"""Sources of plans that a search proposes itself; the others are names of the kinds that it begins with."""
+
+
 @dataclass(frozen=True)
 class Candidate:
     """One plan that was evaluated.
@@ -169,8 +173,8 @@ class Study:
         repeated = count = 0
         while repeated < MOST_REPEATED:
             count += 1
-            source = "exchange" if count % (EXCHANGES + 1) and self.candidates else "optuna"
-            plan = self._neighbour(load()) if source == "exchange" else self._sampled(load(), repeated)
+            source = PROPOSED[0] if count % (EXCHANGES + 1) and self.candidates else PROPOSED[1]
+            plan = self._neighbour(load()) if source == PROPOSED[0] else self._sampled(load(), repeated)
             if plan is None or self.knows(plan):
                 repeated += 1
                 continue
