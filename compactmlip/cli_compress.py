@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -14,6 +14,7 @@ from compactmlip.cli_types import (
     Budget,
     Calibration,
     Config,
+    CutPaths,
     Device,
     EdgeOrder,
     GroupKey,
@@ -44,9 +45,6 @@ if TYPE_CHECKING:
     from compactmlip.data.graph import GraphBatch
 
 Model = Annotated[str, typer.Argument(help="Name or checkpoint of the model to cut.")]
-
-DEFAULT_TARGET = "64x0+32x1+16x2"
-"""What ``prune`` keeps if nothing says otherwise."""
 
 
 def _graphs(frames: list[Any], teacher: nn.Module) -> list[GraphBatch]:
@@ -117,8 +115,16 @@ def prune(
     model: Model,
     calibration: Calibration,
     to: To = None,
+    cut_paths: CutPaths = None,
     plan: PlanFile = None,
     budget: Budget = None,
+    first: Annotated[
+        Literal["paths", "channels"] | None,
+        typer.Option(
+            help="What a budget cuts first: paths of the tensor products (the default for latency and flops; "
+            "of the channels that --to names, or all), or channels by a ranking of all."
+        ),
+    ] = None,
     round_to: RoundTo = 8,
     output: Output = None,
     species: Species = None,
@@ -140,14 +146,16 @@ def prune(
 ) -> None:
     """Cut channels, orders and layers, then refit what is left."""
     from compactmlip import checkpoint
-    from compactmlip.compress.compress import compress
+    from compactmlip.compress.compress import compress, default_target
     from compactmlip.compress.plan_file import Plan
     from compactmlip.data.read import read_structures
-    from compactmlip.models import num_parameters
+    from compactmlip.models import model_spec, num_parameters
+    from compactmlip.search.within import plan_within
 
     path = output or Path("pruned.safetensors")
     checkpoint.check_name(path)
-    _one_of(to=to, plan=plan, budget=budget)
+    _one_of(to=to, plan=plan)
+    _one_of(plan=plan, budget=budget, cut_paths=cut_paths)
     if layers and budget:
         raise InputError("give --layers or --budget; to have both, cut layers first and prune the result.")
     frames = read_structures(calibration)
@@ -156,7 +164,10 @@ def prune(
     graphs = _graphs(frames, teacher)
     options: dict[str, Any] = {"radial_hidden": radial_hidden, "readout_hidden": readout_hidden}
     options |= {"odd_paths": odd_paths, "edge_order": edge_order}
-    target: str | Plan | None = to or (None if layers or num_basis else DEFAULT_TARGET)
+    target: str | Plan | None = to
+    if target is None and budget is None and not layers and not num_basis:
+        target, share = default_target(model_spec(teacher))
+        cut_paths = share if cut_paths is None else cut_paths
     scores = None
     if importance.endswith(".safetensors"):
         scores, importance = _read_scores(importance, teacher)
@@ -165,12 +176,24 @@ def prune(
         target = target if scores is None else target.model_copy(update={"importance": importance})
     elif budget is not None:
         template = Plan(layers=("1x0",), importance=importance, **options)
-        target, scores = _within(budget, teacher, graphs, scores, template, round_to, seed, not as_json)
+        target, scores = plan_within(
+            budget,
+            teacher,
+            graphs,
+            template,
+            to=to,
+            first=first,
+            scores=scores,
+            round_to=round_to,
+            seed=seed,
+            progress=not as_json,
+        )
         target.save(path.with_suffix(".plan.json"))
     made = compress(
         teacher,
         graphs,
         target,
+        cut_paths=cut_paths or 0.0,
         layers=layers,
         num_basis=num_basis,
         basis_start=basis_start,  # type: ignore[arg-type]
@@ -188,7 +211,7 @@ def prune(
     values: dict[str, Any] = {"output": path, "parameters_before": before, "parameters": after}
     if isinstance(target, Plan):
         text += f", channels {target.summary}"
-        values["channels"] = target.target
+        values |= {"channels": target.target, "without_paths": list(target.without_paths)}
     if made.compensation is not None:
         refit = made.compensation
         before_after = f"{1e3 * refit.before.forces:.0f} -> {1e3 * refit.after.forces:.0f}"
@@ -198,7 +221,7 @@ def prune(
 
 
 def _one_of(**options: object) -> None:
-    given = [f"--{name}" for name, value in options.items() if value is not None]
+    given = [f"--{name.replace('_', '-')}" for name, value in options.items() if value is not None]
     if len(given) > 1:
         raise InputError(f"give only one of {' and '.join(given)}: each says what is kept.")
 
@@ -216,40 +239,6 @@ def _read_scores(path: str, model: nn.Module) -> tuple[Scores, str]:
 
     scores, header = load_scores(path, model)
     return scores, str(header.get("criterion", "taylor"))
-
-
-def _within(
-    text: str,
-    teacher: nn.Module,
-    graphs: list[GraphBatch],
-    scores: Scores | None,
-    template: Plan,
-    round_to: int,
-    seed: int,
-    progress: bool,
-) -> tuple[Plan, Scores]:
-    """Plan within a budget, and the scores that it was made from."""
-    from compactmlip.compress.allocate import allocate, full_channels
-    from compactmlip.compress.compress import some_structures
-    from compactmlip.compress.cost import Budget as Bound, Setting, Shapes, cost_of
-    from compactmlip.compress.importance import importance as run
-    from compactmlip.compress.plan_file import Plan
-
-    bound = Bound.parse(text)
-    shapes, setting = Shapes(teacher), Setting.of(graphs)
-    if scores is None:
-        used = some_structures(graphs, seed)
-        scores = run(teacher, used, template.importance, seed=seed, progress=progress)
-    latency = None
-    if bound.kind == "latency":
-        from compactmlip.search.speed import measured_latency
-
-        latency = measured_latency(teacher, graphs, shapes, setting, seed=seed, progress=progress)
-    cost = cost_of(bound.kind, shapes, setting, latency)
-    whole = Plan.of(full_channels(shapes), odd_paths=True)
-    plan = allocate(shapes, scores, cost, bound.bound(cost(whole)), round_to=round_to, template=template)
-    made_by = {"budget": text, "round_to": round_to, "cost": cost(plan), "cost_uncut": cost(whole)}
-    return plan.model_copy(update={"made_by": made_by}), scores
 
 
 def search(

@@ -37,6 +37,12 @@ To = Annotated[
     str | None,
     typer.Option("--to", help="Channels per order, for instance 64x0+32x1+16x2; per layer with commas."),
 ]
+CutPaths = Annotated[
+    float | None,
+    typer.Option(
+        help="Share of the tensor products' paths to cut, for instance 0.7: those worth least for their work."
+    ),
+]
 Keys = Annotated[str | None, typer.Option(metavar="KEY", help="Label name in the file.")]
 KeptLayers = Annotated[
     int | None,

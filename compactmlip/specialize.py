@@ -23,7 +23,7 @@ from torch import nn
 from compactmlip import checkpoint
 from compactmlip.channels import format_channels
 from compactmlip.compress.apply import keep_species
-from compactmlip.compress.compress import checked_targets, compress
+from compactmlip.compress.compress import checked_targets, compress, default_target
 from compactmlip.compress.scores_file import save_scores
 from compactmlip.data.graph import build_graph
 from compactmlip.data.label import label, update_with_structures
@@ -73,7 +73,12 @@ class SpecializeOptions(BaseModel):
     modality: str | None = Field(None, description="level of theory, for teachers that have several")
     accept_licence: str | None = Field(None, description="restricted licence of the teacher that is accepted")
     species: tuple[str, ...] | None = Field(None, description="species to keep; by default the structures'")
-    to: str = Field("64x0+32x1+16x2", description="channels per order to keep, for all layers or each")
+    to: str | None = Field(
+        None, description="channels per order to keep, for all layers or each; by default the family's"
+    )
+    cut_paths: float | None = Field(
+        None, ge=0, le=1, description="share of the tensor products' paths to cut; without 'to' the family's"
+    )
     radial_hidden: int | None = Field(None, ge=1, description="units to keep in the radial networks")
     readout_hidden: int | None = Field(None, ge=1, description="units to keep in the readout")
     odd_paths: bool = Field(False, description="keep paths that break inversion symmetry")
@@ -204,9 +209,11 @@ class _Run:
             )
         model = keep_species(full, wanted)
         # A target that cannot be met is refused now, not after sampling and labelling.
+        target, cut_paths = self._target(model)
         checked_targets(
             model_spec(model),
-            self.options.to,
+            target,
+            all_may_stay=cut_paths > 0,
             radial_hidden=self.options.radial_hidden,
             readout_hidden=self.options.readout_hidden,
             odd_paths=self.options.odd_paths,
@@ -238,10 +245,12 @@ class _Run:
         teacher = self._load("teacher")
         frames = self._frames("train")
         graphs = [build_graph(a, model_spec(teacher), model_dtype(teacher)) for a in frames]
+        target, cut_paths = self._target(teacher)
         result = compress(
             teacher,
             graphs,
-            self.options.to,
+            target,
+            cut_paths=cut_paths,
             radial_hidden=self.options.radial_hidden,
             readout_hidden=self.options.readout_hidden,
             odd_paths=self.options.odd_paths,
@@ -255,6 +264,11 @@ class _Run:
         checkpoint.save(result.sliced, self.folder / "pruned.safetensors")
         checkpoint.save(result.model, self.folder / "compensated.safetensors")
         return {"parameters": num_parameters(result.model)}
+
+    def _target(self, teacher: nn.Module) -> tuple[str, float]:
+        """Channels to keep and share of the paths to cut."""
+        to, cut_paths = (self.options.to, 0.0) if self.options.to else default_target(model_spec(teacher))
+        return to, cut_paths if self.options.cut_paths is None else self.options.cut_paths
 
     def distil(self) -> dict[str, Any]:
         """Train for the time that is left."""

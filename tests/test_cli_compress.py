@@ -79,6 +79,9 @@ def test_scores_budget_and_plan(run: Run) -> None:
     [
         ("--to 4x0 --budget parameters=50%", "give only one of --to and --budget"),
         ("--budget sweets=50%", "cannot read the budget"),
+        ("--cut-paths 0.5 --budget flops=50%", "give only one of --budget and --cut-paths"),
+        ("--to 4x0 --cut-paths 1.5", "between 0 and 1"),
+        ("--layers 1 --cut-paths 0.5", "needs a target"),
         ("--plan none.json", "cannot read the plan none.json"),
         ("--importance none.safetensors", "no such file"),
         ("--to 4x0 --importance taylr", "unknown importance 'taylr'"),
@@ -90,6 +93,17 @@ def test_what_cannot_be_is_refused(run: Run, options: str, message: str) -> None
     assert code == 1
     assert message in err
     assert not Path("pruned.safetensors").exists()
+
+
+def test_paths_are_cut(run: Run) -> None:
+    prune = "prune teacher.safetensors --calibration mgo.xyz --to 8x0+4x1 --json"
+    code, out, err = run(f"{prune} --cut-paths 0.5")
+    assert code == 0, err
+    step = model_spec(load("pruned.safetensors")).provenance.steps[0].options
+    assert step["without_paths"]
+    code, out, err = run(f"{prune} --budget flops=60% -o less.safetensors")
+    assert code == 0, err
+    assert json.loads(out)["without_paths"] == list(Plan.load("less.plan.json").without_paths) != []
 
 
 def test_search(run: Run) -> None:

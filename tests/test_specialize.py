@@ -17,10 +17,14 @@ from torch import nn
 
 import compactmlip.specialize as module
 from compactmlip import checkpoint
+from compactmlip.compress.compress import DEFAULT_TARGETS
 from compactmlip.config import resolve
 from compactmlip.deploy.ase import CompactMLIPCalculator
 from compactmlip.errors import CompactMLIPError, InputError, SpeciesError
-from compactmlip.specialize import SpecializeOptions, specialize
+from compactmlip.models import model_spec
+from compactmlip.specialize import Folder, SpecializeOptions, specialize
+
+_MGO = [bulk("MgO", "rocksalt", a=4.21, cubic=True)]
 
 FILES = {
     "config.yaml",
@@ -150,6 +154,22 @@ def test_species_option_must_cover_the_structures(teacher: Path, tmp_path: Path)
 def test_no_structure(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no structure"):
         specialize([], None, tmp_path)
+
+
+def test_paths_are_cut_where_no_channels_are_named(teacher: Path, tmp_path: Path) -> None:
+    """The family's default keeps all channels of this small model, but for those that no path makes any more."""
+    options = _options(teacher).model_copy(update={"to": None, "minutes": 0.1})
+    run = module._Run(Folder(tmp_path, options, _MGO), options, _MGO, False)
+    for name in ("teacher", "sample", "label", "prune"):
+        run.folder.step(name, getattr(run, name))
+    whole, cut = (model_spec(checkpoint.load(tmp_path / f"{n}.safetensors")) for n in ("teacher", "pruned"))
+    assert cut.provenance.steps[-1].options["without_paths"]
+    assert cut.architecture["layers"][0]["out"][0] == whole.architecture["layers"][0]["out"][0]
+    assert run._target(checkpoint.load(teacher)) == DEFAULT_TARGETS["nequip"]
+    named = options.model_copy(update={"to": "5x0"})
+    assert module._Run(run.folder, named, _MGO, False)._target(checkpoint.load(teacher)) == ("5x0", 0.0)
+    both = named.model_copy(update={"cut_paths": 0.25})
+    assert module._Run(run.folder, both, _MGO, False)._target(checkpoint.load(teacher)) == ("5x0", 0.25)
 
 
 def test_validation_gets_its_share_of_the_time() -> None:

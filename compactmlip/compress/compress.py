@@ -11,11 +11,14 @@ from torch import nn
 
 from compactmlip.compress.apply import prune
 from compactmlip.compress.compensate import Compensation, compensate
+from compactmlip.compress.cost import Setting, Shapes
 from compactmlip.compress.importance import importance
+from compactmlip.compress.path_importance import path_importance
 from compactmlip.compress.plan import parse_target, target_sizes, top_channels
 from compactmlip.compress.plan_file import Plan
 from compactmlip.compress.reshape import check_basis, cut_layers, resize_basis
 from compactmlip.compress.tapped import Scores
+from compactmlip.compress.thin import effort, thinned_by_share
 from compactmlip.data.graph import GraphBatch
 from compactmlip.data.select import random_up_to
 from compactmlip.errors import InputError
@@ -23,6 +26,12 @@ from compactmlip.models import channel_graph, model_spec, record_step
 from compactmlip.models.reshape import BasisStart
 from compactmlip.models.targets import Targets
 from compactmlip.spec import ModelSpec
+
+DEFAULT_TARGETS = {"nequip": ("128x0+64x1+32x2", 0.7), "mace": ("64x0+32x1+16x2", 0.0)}
+"""By family: channels to keep and share of the paths to cut where nothing is asked for.
+
+Convolutions take most of the time of NequIP's family, so that paths go and channels stay; in MACE it is the
+products, whose work grows with the channels."""
 
 IMPORTANCE_ATOMS = 800
 """Importance is averaged over structures of about this many atoms: more do not change the ranking."""
@@ -62,6 +71,7 @@ def compress(
     readout_hidden: int | None = None,
     odd_paths: bool = False,
     edge_order: int | None = None,
+    cut_paths: float = 0.0,
     num_basis: int | None = None,
     basis_start: BasisStart = "inherited",
     criterion: str = "taylor",
@@ -82,8 +92,8 @@ def compress(
     target
         Channels per order: ``"64x0+32x1"`` for all layers, or one per layer separated by commas.  None keeps
         the channels, which makes sense with ``layers`` or ``num_basis`` only.  Or a plan, which replaces
-        ``radial_hidden``, ``readout_hidden``, ``odd_paths``, ``edge_order`` and ``criterion`` and may cut
-        single paths of the tensor products.
+        ``radial_hidden``, ``readout_hidden``, ``odd_paths``, ``edge_order``, ``cut_paths`` and ``criterion``
+        and may name single paths to cut.
     layers
         Number of layers to keep; the others are cut first (:func:`compactmlip.compress.reshape.cut_layers`).
     radial_hidden, readout_hidden
@@ -95,6 +105,9 @@ def compress(
     edge_order
         Largest order of the spherical harmonics of edges to keep, the largest one of the target by default.
         One above it costs little and lets features of low order see more of the angles.
+    cut_paths
+        Share of the paths of the tensor products to cut as well, of those that ``target`` leaves: the ones
+        that are worth least for the work that they take (:mod:`compactmlip.compress.thin`).
     num_basis, basis_start
         Radial basis functions to have in the end, and how they start
         (:func:`compactmlip.compress.reshape.resize_basis`); the scores and the errors of the compensation
@@ -114,6 +127,8 @@ def compress(
         If the target is malformed, larger than the model, or there is no calibration structure, or the
         criterion is unknown.
     """
+    if target is None and cut_paths:
+        raise InputError("a share of the paths to cut needs a target: give the channels that stay.")
     if target is None and layers is None and num_basis is None:
         raise InputError("nothing to cut: give a target such as 64x0+32x1, or a number of layers.")
     if num_basis is not None:
@@ -126,6 +141,9 @@ def compress(
         options |= {"odd_paths": odd_paths, "edge_order": edge_order}
         if isinstance(target, Plan):
             criterion, options, target = target.importance, target.options, target.target
+        elif cut_paths:
+            thin = thin_plan(teacher, graphs, target, cut_paths, seed=seed, progress=progress, **options)
+            options = thin.options
         targets = checked_targets(model_spec(teacher), target, **options)
         if scores is None:
             scores = importance(
@@ -152,6 +170,37 @@ def compress(
     return result if num_basis is None else _resized(result, num_basis, basis_start, seed)
 
 
+def thin_plan(
+    teacher: nn.Module,
+    graphs: Sequence[GraphBatch],
+    target: str,
+    share: float,
+    *,
+    seed: int = 0,
+    progress: bool = False,
+    **options: Any,
+) -> Plan:
+    """Plan of a target without a share of the paths that it leaves.
+
+    Parameters
+    ----------
+    teacher, graphs
+        Model and structures that say what each path is worth.
+    target
+        Channels per order.
+    share
+        Of the paths, between 0 and 1.
+    seed, progress
+        As of :func:`compress`.
+    options
+        Those of :func:`compactmlip.compress.plan.target_sizes`.
+    """
+    shapes = Shapes(teacher)
+    plan = Plan.uniform(target, model_spec(teacher).num_message_passing_layers, **options)
+    worth = path_importance(teacher, some_structures(graphs, seed), progress=progress)
+    return thinned_by_share(shapes, plan, worth, effort(shapes, Setting.of(graphs)), share)
+
+
 def checked_targets(
     spec: ModelSpec,
     target: str,
@@ -161,8 +210,11 @@ def checked_targets(
     odd_paths: bool = False,
     edge_order: int | None = None,
     without_paths: Sequence[str] = (),
+    all_may_stay: bool = False,
 ) -> Targets:
     """Sizes that a target means for a model, after a check that it can be met and that it cuts something.
+
+    ``all_may_stay`` leaves out the latter, where paths are going to be cut as well.
 
     Raises
     ------
@@ -175,7 +227,7 @@ def checked_targets(
     groups = channel_graph(spec).groups
     # How many channels stay does not depend on their scores.
     masks = top_channels(spec, targets, {name: np.zeros(group.size) for name, group in groups.items()})
-    if all(mask.all() for mask in masks.values()):
+    if not all_may_stay and all(mask.all() for mask in masks.values()):
         raise InputError(f"the target '{target}' cuts nothing from this model; ask for fewer channels.")
     return targets
 
@@ -187,6 +239,11 @@ def _resized(result: Compressed, num_basis: int, start: BasisStart, seed: int) -
         return replace(result, sliced=sliced)
     model = resize_basis(result.compensation.model, num_basis, start=start, seed=seed)
     return replace(result, sliced=sliced, compensation=replace(result.compensation, model=model))
+
+
+def default_target(spec: ModelSpec) -> tuple[str, float]:
+    """Channels to keep and share of the paths to cut where nothing is asked for."""
+    return DEFAULT_TARGETS[spec.family]
 
 
 def some_structures(graphs: Sequence[GraphBatch], seed: int) -> list[GraphBatch]:

@@ -60,9 +60,18 @@ class Work:
         parts = self.per_atom(edges_per_atom)
         return parts["dense"] + parts["products"] + parts["convolution"] + TABLE_COST * parts["tables"]
 
+    def effort(self, edges_per_atom: float) -> float:
+        """What the time is about proportional to: multiply-adds, and the coupling entries of each path."""
+        return self.multiply_adds(edges_per_atom) + COUPLING_COST * edges_per_atom * self.couplings
+
 
 PER_EDGE = frozenset({"convolution", "tables", "gathered", "couplings"})
 """Parts of the work that are counted per edge; the others are per atom."""
+
+COUPLING_COST = 20.0
+"""Time of one coupling entry, forward and back, in that of multiply-adds of a convolution.
+
+Fitted to the times of 70 plans of SevenNet-l3i5 with AVX-512."""
 
 TABLE_COST = 6.0
 """Multiply-adds to interpolate one radial weight and its slope from a quintic table."""

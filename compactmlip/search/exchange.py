@@ -7,6 +7,7 @@ from collections.abc import Callable
 import numpy as np
 
 from compactmlip.compress.plan_file import Plan
+from compactmlip.compress.thin import kept_paths
 from compactmlip.search.space import CRITERION, Space
 
 OTHER_CRITERION = 0.15
@@ -84,7 +85,7 @@ def wandered(space: Space, plan: Plan, load: Load, seed: int, steps: int = STEPS
 def _other_paths(space: Space, plan: Plan, rng: np.random.Generator) -> tuple[str, ...]:
     """Paths to cut: those of the plan and a few more, or a few less."""
     number = int(rng.geometric(FEW))
-    kept = space.kept_paths(plan)
+    kept = kept_paths(space.shapes, plan)
     if plan.without_paths and rng.random() >= FEWER_PATHS:
         back = set(rng.permutation(plan.without_paths)[:number].tolist())
         return tuple(name for name in plan.without_paths if name not in back)

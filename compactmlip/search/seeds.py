@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from compactmlip.compress.allocate import allocate
 from compactmlip.compress.plan_file import Plan
 from compactmlip.compress.tapped import Scores
+from compactmlip.compress.thin import thinned
 from compactmlip.errors import InputError
 from compactmlip.search.space import Space
 
@@ -87,29 +88,7 @@ def _without_paths(
     terms = [f"{max(c[l] for c in space.full if l < len(c))}x{l}" for l in orders]
     for highest, bound in itertools.product(range(1, len(terms)), PATHS_FIRST):
         text = "+".join(terms[: highest + 1])
-        thin = thinned(space, space.uniform(text, highest), paths, load, bound)
+        thin = thinned(space.shapes, space.uniform(text, highest), paths, load, bound)
         made = thin and space.scaled(thin, load)
         if made:
             yield f"{text} without {len(made.without_paths)} paths", made
-
-
-def thinned(
-    space: Space, plan: Plan, paths: Mapping[str, float], load: Callable[[Plan], float], bound: float
-) -> Plan | None:
-    """The plan without as many of its paths as a load of ``bound`` takes; None if all are too few.
-
-    Those that are worth least for the time that they take go first.
-    """
-
-    def without(names: list[str]) -> Plan:
-        return plan.model_copy(update={"without_paths": tuple(sorted({*plan.without_paths, *names}))})
-
-    whole = load(plan)
-    kept = space.kept_paths(plan)
-    price = {name: paths[name] / max(whole - load(without([name])), 1e-12 * whole) for name in kept}
-    order = sorted(kept, key=lambda name: price[name])
-    for count in range(len(order) + 1):
-        made = without(order[:count])
-        if load(made) <= bound:
-            return made
-    return None

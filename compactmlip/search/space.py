@@ -7,11 +7,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import numpy as np
 from optuna.distributions import BaseDistribution, IntDistribution
 
-from compactmlip.channels import Channels, is_path
+from compactmlip.channels import Channels
 from compactmlip.compress.allocate import full_channels
 from compactmlip.compress.cost import Shapes
 from compactmlip.compress.plan_file import Plan
 from compactmlip.compress.tapped import Scores
+from compactmlip.compress.thin import cuttable_paths
 from compactmlip.search.speed import capped
 
 EDGE = "edge order above the features'"
@@ -59,8 +60,7 @@ class Space:
         self._effects: dict[str, str] = {}
         edges = [name for name in shapes.graph.groups if name.startswith("edge_harmonics/")]
         self.edge_orders = len(edges) - 1 if edges else None
-        # Every layer keeps the path that all plans have, so that none is left without any.
-        self.paths = tuple(n for n in shapes.graph.groups if is_path(n) and not n.endswith("/0-0-0"))
+        self.paths = cuttable_paths(shapes)
 
     @property
     def bounds(self) -> dict[str, tuple[int, int]]:
@@ -78,11 +78,6 @@ class Space:
     def distributions(self) -> dict[str, BaseDistribution]:
         """The same for the optimiser."""
         return {name: IntDistribution(low, high) for name, (low, high) in self.bounds.items()}
-
-    def kept_paths(self, plan: Plan) -> list[str]:
-        """Paths of the tensor products that the plan leaves."""
-        masks = self.shapes.graph.complete(self.shapes.masks(plan))
-        return [name for name in self.paths if masks[name].all()]
 
     def _places(self) -> Iterator[tuple[tuple[int, int], int]]:
         for t, channels in enumerate(self.full):

@@ -32,7 +32,7 @@ from compactmlip.search.options import SearchOptions
 from compactmlip.search.picture import by_source
 from compactmlip.search.race import Race, is_complete
 from compactmlip.search.run import search
-from compactmlip.search.seeds import seeds, thinned
+from compactmlip.search.seeds import seeds
 from compactmlip.search.space import EDGE, Space
 from compactmlip.search.speed import SpeedModel, Stopwatch
 from compactmlip.search.study import Candidate, Study, front
@@ -387,14 +387,6 @@ def test_first_plans_lose_paths_before_channels(teacher: nn.Module) -> None:
     assert {source.partition(" ")[0] for source, _ in made} == {"16x0+8x1", "16x0+8x1+4x2"}
     assert all(load(plan) <= 1 for _, plan in made)
     assert made[0][1].layers[0] == "16x0+8x1", "paths alone are enough"
-    whole_plan = space.uniform("16x0+8x1+4x2", 2)
-    plan = thinned(space, whole_plan, worth, load, 1.0)
-    assert plan is not None and load(plan) <= 1 and plan.layers == whole_plan.layers
-    assert load(thinned(space, whole_plan, worth, load, 1.5) or plan) > 1
-    for name in space.kept_paths(whole_plan)[::4]:
-        first = thinned(space, whole_plan, worth | {name: 1e-9}, load, 0.9999 * load(whole_plan))
-        assert first is not None and first.without_paths == (name,), "worth least for its time"
-    assert thinned(space, whole_plan, worth, lambda p: 2.0, 1.0) is None
 
 
 def test_nothing_to_exchange(teacher: nn.Module) -> None:

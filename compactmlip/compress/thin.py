@@ -1,0 +1,87 @@
+"""Cut single paths of the tensor products: those first that are worth least for the work that they take.
+
+Each path of a convolution couples one order of the neighbours' features with one of the harmonics of an edge.
+Most of a deployed model's time goes into paths and little of its accuracy comes from most of them, so that a
+model that keeps its channels and loses paths is better than one of the same speed that loses channels
+(benchmarks/results/paths.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from compactmlip.channels import is_path
+from compactmlip.compress.cost import Cost, Setting, Shapes
+from compactmlip.compress.plan_file import Plan
+from compactmlip.errors import InputError
+from compactmlip.models import work
+
+
+def cuttable_paths(shapes: Shapes) -> tuple[str, ...]:
+    """Paths of a model that may go.
+
+    Every layer keeps 0-0-0, so that none is left without any.
+    """
+    return tuple(n for n in shapes.graph.groups if is_path(n) and not n.endswith("/0-0-0"))
+
+
+def kept_paths(shapes: Shapes, plan: Plan) -> list[str]:
+    """Those of them that a plan leaves."""
+    masks = shapes.graph.complete(shapes.masks(plan))
+    return [name for name in cuttable_paths(shapes) if masks[name].all()]
+
+
+def effort(shapes: Shapes, setting: Setting) -> Cost:
+    """Work per atom in multiply-adds of a convolution: about proportional to the time, on any machine."""
+    return lambda plan: work(shapes.pruned(plan)).effort(setting.edges_per_atom)
+
+
+def without_paths(plan: Plan, names: Sequence[str]) -> Plan:
+    """The plan without further paths."""
+    return plan.model_copy(update={"without_paths": tuple(sorted({*plan.without_paths, *names}))})
+
+
+def by_price(shapes: Shapes, plan: Plan, paths: Mapping[str, float], cost: Cost) -> list[str]:
+    """Paths that a plan leaves, beginning with the least importance for the cost that they save.
+
+    Parameters
+    ----------
+    shapes
+        Of the model.
+    plan
+        What else is kept.
+    paths
+        Importance of each path, see :func:`compactmlip.compress.path_importance.path_importance`.
+    cost
+        What is saved.
+    """
+    whole = cost(plan)
+    kept = kept_paths(shapes, plan)
+    saved = {name: max(whole - cost(without_paths(plan, [name])), 1e-12 * whole) for name in kept}
+    return sorted(kept, key=lambda name: paths[name] / saved[name])
+
+
+def thinned(shapes: Shapes, plan: Plan, paths: Mapping[str, float], cost: Cost, bound: float) -> Plan | None:
+    """The plan without as many of its paths as a cost of ``bound`` takes; None if all are too few."""
+    order = by_price(shapes, plan, paths, cost)
+    for count in range(len(order) + 1):
+        made = without_paths(plan, order[:count])
+        if cost(made) <= bound:
+            return made
+    return None
+
+
+def thinned_by_share(
+    shapes: Shapes, plan: Plan, paths: Mapping[str, float], cost: Cost, share: float
+) -> Plan:
+    """The plan without a share of the paths that it leaves.
+
+    Raises
+    ------
+    InputError
+        If the share is not between 0 and 1.
+    """
+    if not 0 <= share <= 1:
+        raise InputError(f"the share of paths to cut must be between 0 and 1, not {share:g}.")
+    order = by_price(shapes, plan, paths, cost)
+    return without_paths(plan, order[: round(share * len(order))])

@@ -1,0 +1,102 @@
+"""Which paths of the tensor products go first, and plans without a share of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from ase import Atoms
+from ase.build import bulk
+from torch import nn
+
+from compactmlip.channels import is_path
+from compactmlip.compress.compress import compress, default_target
+from compactmlip.compress.cost import Setting, Shapes
+from compactmlip.compress.path_importance import path_importance
+from compactmlip.compress.plan_file import Plan
+from compactmlip.compress.thin import cuttable_paths, effort, kept_paths, thinned, thinned_by_share
+from compactmlip.data.graph import GraphBatch, build_graph
+from compactmlip.errors import InputError
+from compactmlip.models import model_spec
+
+SETTING = Setting(64, 10.0)
+
+
+@pytest.fixture(scope="module")
+def teacher(make_spec: Callable[..., Any], make_model: Callable[..., nn.Module]) -> nn.Module:
+    return make_model(make_spec(channels=(16, 8, 4), num_layers=3, lmax_edge=2, cutoff=2.5))
+
+
+@pytest.fixture(scope="module")
+def plan(teacher: nn.Module) -> Plan:
+    return Plan.uniform("16x0+8x1+4x2", 3)
+
+
+def _graphs(teacher: nn.Module) -> list[GraphBatch]:
+    made = []
+    for seed in range(4):
+        atoms: Atoms = bulk("MgO", "rocksalt", a=4.21)
+        atoms.rattle(0.1, seed=seed)
+        made.append(build_graph(atoms, model_spec(teacher)))
+    return made
+
+
+def _worth(shapes: Shapes) -> dict[str, float]:
+    return {name: 1.0 + k for k, name in enumerate(filter(is_path, shapes.graph.groups))}
+
+
+def test_the_cheapest_loss_goes_first(teacher: nn.Module, plan: Plan) -> None:
+    shapes = Shapes(teacher)
+    worth, cost = _worth(shapes), effort(shapes, SETTING)
+    whole = cost(plan)
+    made = thinned(shapes, plan, worth, cost, 0.3 * whole)
+    assert made is not None and cost(made) <= 0.3 * whole and made.layers == plan.layers
+    less = thinned(shapes, plan, worth, cost, 0.8 * whole)
+    assert less is not None and set(less.without_paths) < set(made.without_paths)
+    for name in kept_paths(shapes, plan)[::4]:
+        first = thinned(shapes, plan, worth | {name: 1e-9}, cost, 0.9999 * whole)
+        assert first is not None and first.without_paths == (name,), "worth least for its time"
+    assert thinned(shapes, plan, worth, lambda p: 2.0, 1.0) is None
+    assert thinned(shapes, plan, worth, cost, whole) == plan
+
+
+def test_a_share_of_the_paths(teacher: nn.Module, plan: Plan) -> None:
+    shapes = Shapes(teacher)
+    worth, cost = _worth(shapes), effort(shapes, SETTING)
+    number = len(kept_paths(shapes, plan))
+    assert number < len(cuttable_paths(shapes)), "odd paths are cut anyway"
+    cuts = [thinned_by_share(shapes, plan, worth, cost, share).without_paths for share in (0.0, 0.5, 1.0)]
+    assert [len(names) for names in cuts] == [0, round(0.5 * number), number]
+    assert set(cuts[1]) < set(cuts[2])
+    assert not any(name.endswith("/0-0-0") for name in cuts[2])
+    with pytest.raises(InputError, match="between 0 and 1, not 1.5"):
+        thinned_by_share(shapes, plan, worth, cost, 1.5)
+
+
+def test_paths_cost_effort_whatever_their_channels(teacher: nn.Module) -> None:
+    """Coupling entries are formed for each edge; multiply-adds alone would miss them."""
+    shapes = Shapes(teacher)
+    cost = effort(shapes, SETTING)
+    thick, thin = (Plan.uniform(f"{n}x0+{n}x1", 3) for n in (8, 4))
+    gone = ("layers.1.path/1-1-0",)
+    savings = [cost(p) - cost(p.model_copy(update={"without_paths": gone})) for p in (thick, thin)]
+    # Channels are padded to eight: convolution and coupling entries are the same, the map behind is not.
+    assert savings[1] > 20.0 * 3 * SETTING.edges_per_atom
+    assert savings[0] >= savings[1]
+
+
+def test_cut_with_a_share(teacher: nn.Module) -> None:
+    graphs = _graphs(teacher)
+    made = compress(teacher, graphs, "16x0+8x1+4x2", cut_paths=0.5, with_compensation=False)
+    step = model_spec(made.model).provenance.steps[-1].options
+    shapes = Shapes(teacher)
+    plan = Plan.uniform("16x0+8x1+4x2", 3)
+    expected = thinned_by_share(
+        shapes, plan, path_importance(teacher, graphs), effort(shapes, Setting.of(graphs)), 0.5
+    )
+    assert list(step["without_paths"]) == list(expected.without_paths)
+    assert len(expected.without_paths) > 3
+    with pytest.raises(InputError, match="needs a target"):
+        compress(teacher, graphs, None, layers=2, cut_paths=0.5)
+    assert default_target(model_spec(teacher))[1] > 0

@@ -1,0 +1,79 @@
+"""Plans within a budget, by paths or by channels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from ase.build import bulk
+from torch import nn
+
+from compactmlip.compress.cost import Setting, Shapes, multiply_adds
+from compactmlip.compress.plan_file import Plan
+from compactmlip.data.graph import GraphBatch, build_graph
+from compactmlip.errors import InputError
+from compactmlip.models import model_spec
+from compactmlip.search.within import plan_within
+
+TEMPLATE = Plan(layers=("1x0",))
+
+
+@pytest.fixture(scope="module")
+def teacher(make_spec: Callable[..., Any], make_model: Callable[..., nn.Module]) -> nn.Module:
+    return make_model(make_spec(channels=(16, 8, 4), num_layers=3, lmax_edge=2, cutoff=2.5))
+
+
+@pytest.fixture(scope="module")
+def graphs(teacher: nn.Module) -> list[GraphBatch]:
+    made = []
+    for seed in range(4):
+        atoms = bulk("MgO", "rocksalt", a=4.21)
+        atoms.rattle(0.1, seed=seed)
+        made.append(build_graph(atoms, model_spec(teacher)))
+    return made
+
+
+def _cost(teacher: nn.Module, graphs: list[GraphBatch]) -> Callable[[Plan], float]:
+    return multiply_adds(Shapes(teacher), Setting.of(graphs))
+
+
+def _within(budget: str, teacher: nn.Module, graphs: list[GraphBatch], **options: Any) -> Plan:
+    return plan_within(budget, teacher, graphs, TEMPLATE, round_to=2, **options)[0]
+
+
+def test_multiply_adds_are_saved_on_paths(teacher: nn.Module, graphs: list[GraphBatch]) -> None:
+    cost = _cost(teacher, graphs)
+    plan = _within("flops=40%", teacher, graphs)
+    assert plan.layers[0] == "16x0+8x1+4x2" and plan.without_paths
+    assert cost(plan) == plan.made_by["cost"] <= 0.4 * plan.made_by["cost_uncut"]
+    other = _within("flops=40%", teacher, graphs, to="16x0+8x1")
+    assert other.layers[0] == "16x0+8x1" and len(other.without_paths) < len(plan.without_paths)
+
+
+def test_channels_go_where_paths_are_not_enough(teacher: nn.Module, graphs: list[GraphBatch]) -> None:
+    plan = _within("flops=10%", teacher, graphs)
+    assert plan.without_paths and plan.channels[0][0] < 16
+    assert plan.made_by["cost"] <= 0.1 * plan.made_by["cost_uncut"]
+    with pytest.raises(InputError, match="cannot be met by cutting paths and channels"):
+        _within("flops=0.001%", teacher, graphs)
+
+
+def test_parameters_are_saved_on_channels(teacher: nn.Module, graphs: list[GraphBatch]) -> None:
+    plan = _within("parameters=40%", teacher, graphs)
+    assert not plan.without_paths and plan.channels[0][0] < 16
+    by_paths = _within("parameters=80%", teacher, graphs, first="paths")
+    assert by_paths.without_paths
+    by_channels = _within("flops=40%", teacher, graphs, first="channels")
+    assert not by_channels.without_paths
+    with pytest.raises(InputError, match="give only one of --to and --budget"):
+        _within("parameters=40%", teacher, graphs, to="16x0+8x1")
+
+
+def test_latency_is_measured(
+    teacher: nn.Module, graphs: list[GraphBatch], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cost = _cost(teacher, graphs)
+    monkeypatch.setattr("compactmlip.search.within.measured_latency", lambda *_, **__: cost)
+    plan = _within("latency=2x", teacher, graphs)
+    assert plan.without_paths and cost(plan) <= 0.5 * plan.made_by["cost_uncut"]
