@@ -5,7 +5,7 @@ the training frames and displaced, strained copies of them; students learn these
 trajectories that nothing was chosen by, against the frames' own DFT labels and against the teacher, beside
 7net-0, which its authors trained from scratch and which is about as large.
 
-    python benchmarks/general.py FRAMES.xyz --work DIR --minutes 20 --targets "l <= 2" --output RESULTS.md
+    python benchmarks/general.py FRAMES.xyz --work DIR --minutes 20 --output RESULTS.md
 
 All steps are kept in DIR; a second call goes on where the first one stopped.
 """
@@ -13,6 +13,7 @@ All steps are kept in DIR; a second call goes on where the first one stopped.
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 import time
 from collections.abc import Sequence
@@ -23,7 +24,6 @@ import numpy as np
 import torch
 from ase import Atoms
 from common import header, parser, report, table
-from compensation import TARGETS
 from torch import nn
 
 from compactmlip import checkpoint
@@ -35,10 +35,23 @@ from compactmlip.families import load_model
 from compactmlip.models import model_spec, num_parameters
 from compactmlip.train.dataset import Dataset
 from compactmlip.train.distil import DistilOptions, distil
+from compactmlip.search.speed import deployed, relative, time_models
 from compactmlip.train.metrics import evaluate
+from compactmlip.validate.supercells import near_size
+
+ALL = "128x0+64x1+32x2+32x3"
+TARGETS = {
+    "l <= 2": ("128x0+64x1+32x2", 0.0),
+    "l <= 1": ("128x0+64x1", 0.0),
+    "l <= 3, 60 % of the paths less": (ALL, 0.60),
+    "l <= 3, 81 % of the paths less": (ALL, 0.81),
+}
+"""Channels and share of the paths to cut; the last two are about as fast as the first two."""
 
 TEST_SHARE, VALID_SHARE = 0.2, 0.05
 """Of the trajectories."""
+
+SPEED_ATOMS = 256
 
 RATTLE, STRAIN = 0.08, 0.02
 """Angstrom and relative: standard deviations of the copies."""
@@ -99,11 +112,27 @@ class Bench:
                     atoms += len(frame)
             graphs = [build_graph(a, model_spec(self.teacher), torch.float32) for a in chosen]
             groups = [str(a.info[self.options.group_key]) for a in chosen]
+            channels, cut_paths = TARGETS[target]
             made = compress(
-                self.teacher, graphs, TARGETS[target], groups=groups, with_compensation=compensated
+                self.teacher,
+                graphs,
+                channels,
+                cut_paths=cut_paths,
+                groups=groups,
+                with_compensation=compensated,
             )
             checkpoint.save(made.model, file)
         return checkpoint.load(file, torch.float32)
+
+    @cached_property
+    def speeds(self) -> dict[str, float]:
+        """Deployed, over the deployed teacher, in turns: how much faster each target is."""
+        atoms = near_size(self.frames["test"][0], SPEED_ATOMS)
+        graph = build_graph(atoms, model_spec(self.teacher), torch.float32)
+        models = {"teacher": deployed(self.teacher)}
+        models |= {target: deployed(self.start(target, True)) for target in self.options.targets}
+        found = relative(time_models(models, graph, repeats=7), "teacher")
+        return {target: 1 / time for target, time in found.items()}
 
     def distilled(self, target: str) -> nn.Module:
         """The compensated model, trained for a time that the processor works on it."""
@@ -136,12 +165,12 @@ def moved(atoms: Atoms, rng: np.random.Generator) -> Atoms:
 
 
 def slug(target: str) -> str:
-    return target.replace(" ", "").replace("<=", "")
+    return re.sub(r"[ <=,%]", "", target)
 
 
-def row(name: str, model: nn.Module, tests: Sequence[list[Atoms]]) -> list[object]:
-    """Errors of one model on each test set."""
-    cells: list[object] = [name, num_parameters(model)]
+def row(model: nn.Module, tests: Sequence[list[Atoms]]) -> list[object]:
+    """Parameters of one model, and errors on each test set."""
+    cells: list[object] = [num_parameters(model)]
     for frames in tests:
         errors = evaluate(
             model, Dataset.from_frames(frames, model_spec(model), torch.float32, "the test set")
@@ -160,8 +189,10 @@ def main() -> None:
     options_parser.add_argument("--more", type=Path, nargs="*", default=[], help="more frames to train on")
     options_parser.add_argument("--copies", type=int, default=1, help="copies of each training frame")
     options_parser.add_argument("--calibration", type=int, default=2300, help="atoms for compensation")
-    options_parser.add_argument("--targets", nargs="+", default=["l <= 2"], choices=list(TARGETS))
-    options_parser.add_argument("--minutes", type=float, default=20.0, help="processor time of a training")
+    options_parser.add_argument("--targets", nargs="+", default=list(TARGETS), choices=list(TARGETS))
+    options_parser.add_argument(
+        "--minutes", type=float, default=20.0, help="processor time of a training; 0 leaves it out"
+    )
     options_parser.add_argument("--lr", type=float, help="peak rate; follows the start")
     options_parser.add_argument("--batch-atoms", type=int, default=32)
     options_parser.add_argument("--seed", type=int, default=0)
@@ -169,12 +200,14 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     bench = Bench(options)
     tests = [bench.frames["test"], bench.labelled("test")]
-    rows = [row("7net-l3i5 (teacher)", bench.teacher, tests)]
+    rows = [["7net-l3i5 (teacher)", 1.0, *row(bench.teacher, tests)]]
     for target in options.targets:
-        rows.append(row(f"{target}, plain slicing", bench.start(target, False), tests))
-        rows.append(row(f"{target}, compensated", bench.start(target, True), tests))
-        rows.append(row(f"{target}, distilled", bench.distilled(target), tests))
-    rows.append(row("7net-0", load_model("7net-0", dtype=torch.float32), tests))
+        speed = bench.speeds[target]
+        rows.append([f"{target}, plain slicing", speed, *row(bench.start(target, False), tests)])
+        rows.append([f"{target}, compensated", speed, *row(bench.start(target, True), tests)])
+        if options.minutes:
+            rows.append([f"{target}, distilled", speed, *row(bench.distilled(target), tests)])
+    rows.append(["7net-0", "–", *row(load_model("7net-0", dtype=torch.float32), tests)])
     sizes = {name: (len(f), sum(map(len, f))) for name, f in bench.frames.items()}
     given = "" if options.lr is None else f" --lr {options.lr:g}"
     text = header(
@@ -189,10 +222,11 @@ def main() -> None:
         f"displaced and strained copies of each training frame. Compensated on {options.calibration} atoms, "
         f"then {options.minutes:g} minutes of processor time on one thread, seed {options.seed}. Mean "
         "absolute errors on the test trajectories: meV/atom, meV/Angstrom, meV/Angstrom^3; against the "
-        "frames' DFT labels and against the teacher.\n\n"
+        f"frames' DFT labels and against the teacher. Speed-up: deployed, {SPEED_ATOMS} atoms, one thread, in "
+        "turns.\n\n"
     )
     quantities = [f"{q} {of}" for of in ("DFT", "teacher") for q in ("E", "F", "S")]
-    report(text + table(("model", "parameters", *quantities), rows), options.output)
+    report(text + table(("model", "speed-up", "parameters", *quantities), rows), options.output)
 
 
 if __name__ == "__main__":

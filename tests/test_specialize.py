@@ -157,7 +157,7 @@ def test_no_structure(tmp_path: Path) -> None:
 
 
 def test_paths_are_cut_where_no_channels_are_named(teacher: Path, tmp_path: Path) -> None:
-    """The family's default keeps all channels of this small model, but for those that no path makes any more."""
+    """The family's default keeps all channels but for those that no path makes any more."""
     options = _options(teacher).model_copy(update={"to": None, "minutes": 0.1})
     run = module._Run(Folder(tmp_path, options, _MGO), options, _MGO, False)
     for name in ("teacher", "sample", "label", "prune"):
