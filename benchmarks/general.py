@@ -33,9 +33,9 @@ from compactmlip.data.label import label
 from compactmlip.data.read import read_labelled, read_structures
 from compactmlip.families import load_model
 from compactmlip.models import model_spec, num_parameters
+from compactmlip.search.speed import deployed, relative, time_models
 from compactmlip.train.dataset import Dataset
 from compactmlip.train.distil import DistilOptions, distil
-from compactmlip.search.speed import deployed, relative, time_models
 from compactmlip.train.metrics import evaluate
 from compactmlip.validate.supercells import near_size
 
@@ -222,8 +222,8 @@ def main() -> None:
         f"displaced and strained copies of each training frame. Compensated on {options.calibration} atoms, "
         f"then {options.minutes:g} minutes of processor time on one thread, seed {options.seed}. Mean "
         "absolute errors on the test trajectories: meV/atom, meV/Angstrom, meV/Angstrom^3; against the "
-        f"frames' DFT labels and against the teacher. Speed-up: deployed, {SPEED_ATOMS} atoms, one thread, in "
-        "turns.\n\n"
+        f"frames' DFT labels and against the teacher. Speed-up: deployed, {SPEED_ATOMS} atoms, one thread, "
+        "in turns.\n\n"
     )
     quantities = [f"{q} {of}" for of in ("DFT", "teacher") for q in ("E", "F", "S")]
     report(text + table(("model", "speed-up", "parameters", *quantities), rows), options.output)

@@ -13,7 +13,7 @@ from scipy.optimize import nnls
 from torch import nn
 
 from compactmlip.compress.allocate import full_channels
-from compactmlip.compress.cost import Cost, Setting, Shapes
+from compactmlip.compress.cost import Setting, Shapes
 from compactmlip.compress.plan_file import Plan
 from compactmlip.data.graph import GraphBatch, collate, energy_and_derivatives
 from compactmlip.deploy.compile import with_constants
@@ -210,21 +210,62 @@ def capped(plan: Plan, full: Sequence[Sequence[int]]) -> Plan:
     return plan.model_copy(update={"layers": Plan.of(layers).layers})
 
 
-def measured_latency(
-    teacher: nn.Module,
-    graphs: Sequence[GraphBatch],
-    shapes: Shapes,
-    setting: Setting,
-    *,
-    seed: int = 0,
-    progress: bool = False,
-) -> Cost:
-    """Cost function that predicts seconds per atom on this machine, from a few measurements."""
-    rng = np.random.default_rng(seed)
-    chosen: list[GraphBatch] = []
-    while sum(len(g.species) for g in chosen) < setting.atoms:
-        chosen.append(graphs[int(rng.integers(len(graphs)))])
-    watch = Stopwatch(teacher, collate(chosen).to(dtype=torch.float32), shapes)
-    watch.measure(probe_plans(shapes), progress)
-    fitted = watch.fitted()
-    return lambda plan: fitted.reference_seconds * fitted.relative_time(work(shapes.pruned(plan)))
+class Latency:
+    """Seconds per atom of plans on this machine: predicted, and put right where a plan was measured.
+
+    Parameters
+    ----------
+    teacher
+        Model that plans cut.
+    graphs
+        Structures, of which some with about as many atoms as the setting has are timed together.
+    shapes
+        Of the model.
+    setting
+        Number of atoms.
+    seed
+        Of the choice of structures.
+    """
+
+    def __init__(
+        self,
+        teacher: nn.Module,
+        graphs: Sequence[GraphBatch],
+        shapes: Shapes,
+        setting: Setting,
+        *,
+        seed: int = 0,
+        progress: bool = False,
+    ) -> None:
+        rng = np.random.default_rng(seed)
+        chosen: list[GraphBatch] = []
+        while sum(len(g.species) for g in chosen) < setting.atoms:
+            chosen.append(graphs[int(rng.integers(len(graphs)))])
+        self.shapes, self.progress = shapes, progress
+        self.watch = Stopwatch(teacher, collate(chosen).to(dtype=torch.float32), shapes)
+        self.watch.measure(probe_plans(shapes), progress)
+        self.model = self.watch.fitted()
+        self.factor = 1.0
+
+    @property
+    def uncut(self) -> float:
+        """Seconds per atom of the uncut model."""
+        return self.model.reference_seconds
+
+    def __call__(self, plan: Plan) -> float:
+        """Predicted seconds per atom."""
+        return self.uncut * self.factor * self.model.relative_time(work(self.shapes.pruned(plan)))
+
+    def correct(self, plan: Plan) -> float:
+        """Measure a plan; from then on predictions for plans like it are right.
+
+        Returns
+        -------
+        float
+            Measured time over the one that was predicted.
+        """
+        predicted = self(plan)
+        (relative_time,) = self.watch.measure([plan], self.progress)
+        off = self.uncut * relative_time / predicted
+        self.factor *= off
+        return off

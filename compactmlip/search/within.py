@@ -19,12 +19,18 @@ from compactmlip.compress.thin import thinned
 from compactmlip.data.graph import GraphBatch
 from compactmlip.errors import InputError
 from compactmlip.search.space import Space
-from compactmlip.search.speed import measured_latency
+from compactmlip.search.speed import Latency
 
 First = Literal["paths", "channels"]
 
 PATHS_FIRST = frozenset({"latency", "flops"})
 """Budgets that paths of the tensor products are cut for; channels take more parameters and memory."""
+
+CORRECTIONS = 3
+"""A plan for a latency is measured, and made anew with what was learned, at most so often ..."""
+
+CLOSE_ENOUGH = 0.02
+"""... or until prediction and measurement differ by less."""
 
 OVER = (1.0, 1.5, 2.0, 3.0, 5.0, 10.0)
 """Costs over the bound that cutting paths is tried to reach, in turn; fewer channels do the rest."""
@@ -83,18 +89,27 @@ def plan_within(
     shapes, setting = Shapes(teacher), Setting.of(graphs)
     latency = None
     if bound.kind == "latency":
-        latency = measured_latency(teacher, graphs, shapes, setting, seed=seed, progress=progress)
+        latency = Latency(teacher, graphs, shapes, setting, seed=seed, progress=progress)
     cost = cost_of(bound.kind, shapes, setting, latency)
-    whole = cost(Plan.of(full_channels(shapes), odd_paths=True))
+    whole = latency.uncut if latency else cost(Plan.of(full_channels(shapes), odd_paths=True))
     limit = bound.bound(whole)
     used = some_structures(graphs, seed)
-    if by_paths:
-        worth = path_importance(teacher, used, progress=progress)
-        plan = _paths_first(shapes, worth, cost, limit, template, to, round_to)
-    else:
-        if scores is None:
-            scores = importance(teacher, used, template.importance, seed=seed, progress=progress)
-        plan = allocate(shapes, scores, cost, limit, round_to=round_to, template=template)
+    worth = path_importance(teacher, used, progress=progress) if by_paths else {}
+    if scores is None and not by_paths:
+        scores = importance(teacher, used, template.importance, seed=seed, progress=progress)
+
+    def made() -> Plan:
+        if by_paths:
+            return _paths_first(shapes, worth, cost, limit, template, to, round_to)
+        assert scores is not None
+        return allocate(shapes, scores, cost, limit, round_to=round_to, template=template)
+
+    plan = made()
+    for _ in range(CORRECTIONS if latency else 0):
+        assert latency is not None
+        if abs(latency.correct(plan) - 1) < CLOSE_ENOUGH:
+            break
+        plan = made()
     made_by = {"budget": budget, "round_to": round_to, "cost": cost(plan), "cost_uncut": whole}
     return plan.model_copy(update={"made_by": made_by}), scores
 
