@@ -5,7 +5,7 @@ deployed teacher, measured on this machine, plans of several kinds are made, com
 structures and distilled for equal times of one processor; errors against the teacher are those on the test
 structures and on more of them, which nothing else has seen.
 
-    python benchmarks/paths.py compactmlip-quickstart --test more.xyz --work DIR --output benchmarks/results/paths.md
+    python benchmarks/paths.py compactmlip-quickstart --test more.xyz --work DIR --speedup 5.6x 8x
 
 A second call with the same DIR goes on where the first one stopped.
 """
@@ -97,13 +97,13 @@ class Bench:
             else:
                 first = "paths" if kind == "paths" else "channels"
                 template = Plan(layers=("1x0",))
-                plan, _ = plan_within(f"latency={speedup}", self.teacher, [self.graph], template, first=first)
+                plan, _ = plan_within(f"latency={speedup}", self.teacher, self.graphs, template, first=first)
             plan.save(path)
         return Plan.load(path)
 
     @cached_property
     def latency(self) -> Latency:
-        return Latency(self.teacher, [self.graph], self.shapes, Setting.of([self.graph]))
+        return Latency(self.teacher, self.graphs, self.shapes, Setting.of(self.graphs))
 
     def uniform(self, speedup: float) -> Plan:
         space = Space(self.shapes, 8, odd_paths=False)

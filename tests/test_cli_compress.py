@@ -99,11 +99,15 @@ def test_paths_are_cut(run: Run) -> None:
     prune = "prune teacher.safetensors --calibration mgo.xyz --to 8x0+4x1 --json"
     code, out, err = run(f"{prune} --cut-paths 0.5")
     assert code == 0, err
-    step = model_spec(load("pruned.safetensors")).provenance.steps[0].options
-    assert step["without_paths"]
+    whole, cut = (model_spec(load(f"{name}.safetensors")) for name in ("teacher", "pruned"))
+    paths = [[len(layer["paths"]) for layer in spec.architecture["layers"]] for spec in (whole, cut)]
+    assert sum(paths[1]) < sum(paths[0]) and cut.architecture["layers"][0]["out"][0] == 8
     code, out, err = run(f"{prune} --budget flops=60% -o less.safetensors")
     assert code == 0, err
-    assert json.loads(out)["without_paths"] == list(Plan.load("less.plan.json").without_paths) != []
+    assert json.loads(out)["without_paths"] == list(Plan.load("less.plan.json").without_paths)
+    assert (
+        Plan.load("less.plan.json").made_by["cost"] <= 0.6 * Plan.load("less.plan.json").made_by["cost_uncut"]
+    )
 
 
 def test_search(run: Run) -> None:

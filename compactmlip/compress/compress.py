@@ -143,7 +143,7 @@ def compress(
             criterion, options, target = target.importance, target.options, target.target
         elif cut_paths:
             thin = thin_plan(teacher, graphs, target, cut_paths, seed=seed, progress=progress, **options)
-            options = thin.options
+            options, target = thin.options, thin.target
         targets = checked_targets(model_spec(teacher), target, **options)
         if scores is None:
             scores = importance(

@@ -10,11 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
+
 from compactmlip.channels import is_path
 from compactmlip.compress.cost import Cost, Setting, Shapes
 from compactmlip.compress.plan_file import Plan
 from compactmlip.errors import InputError
 from compactmlip.models import work
+
+HARMONICS = "edge_harmonics/"
 
 
 def cuttable_paths(shapes: Shapes) -> tuple[str, ...]:
@@ -41,6 +45,30 @@ def without_paths(plan: Plan, names: Sequence[str]) -> Plan:
     return plan.model_copy(update={"without_paths": tuple(sorted({*plan.without_paths, *names}))})
 
 
+def tidied(shapes: Shapes, plan: Plan) -> Plan:
+    """The same plan without channels and harmonics that no path makes or uses any more."""
+    masks = shapes.graph.complete(shapes.masks(plan))
+    layers = []
+    for t, channels in enumerate(plan.channels):
+        names = [f"layers.{t}.out/{l}" for l in range(len(channels))]
+        left = [int(masks[name].sum()) if name in masks else 0 for name in names]
+        while len(left) > 1 and not left[-1]:
+            left.pop()
+        layers.append(tuple(left))
+    made = plan.model_copy(update={"layers": Plan.of(layers).layers, "without_paths": ()})
+    if any(name.startswith(HARMONICS) for name in masks):
+        used = [
+            int(name.rpartition("/")[2].split("-")[1])
+            for name in masks
+            if is_path(name) and masks[name].all()
+        ]
+        made = made.model_copy(update={"edge_order": max(used)})
+    made = without_paths(made, [name for name in kept_paths(shapes, made) if name in plan.without_paths])
+    after = shapes.graph.complete(shapes.masks(made))
+    different = [n for n, mask in after.items() if not np.array_equal(mask, masks[n])]
+    return plan if any(not name.startswith(HARMONICS) for name in different) else made
+
+
 def by_price(shapes: Shapes, plan: Plan, paths: Mapping[str, float], cost: Cost) -> list[str]:
     """Paths that a plan leaves, beginning with the least importance for the cost that they save.
 
@@ -62,13 +90,23 @@ def by_price(shapes: Shapes, plan: Plan, paths: Mapping[str, float], cost: Cost)
 
 
 def thinned(shapes: Shapes, plan: Plan, paths: Mapping[str, float], cost: Cost, bound: float) -> Plan | None:
-    """The plan without as many of its paths as a cost of ``bound`` takes; None if all are too few."""
-    order = by_price(shapes, plan, paths, cost)
-    for count in range(len(order) + 1):
-        made = without_paths(plan, order[:count])
-        if cost(made) <= bound:
-            return made
-    return None
+    """The plan without as many of its paths as a cost of ``bound`` takes; None if all are too few.
+
+    The last one may have saved more than was wanted, so that others, the most important ones first, come back
+    where they still fit.
+    """
+    cut: list[str] = []
+    for name in [None, *by_price(shapes, plan, paths, cost)]:
+        cut += [] if name is None else [name]
+        if cost(without_paths(plan, cut)) <= bound:
+            break
+    else:
+        return None
+    for name in sorted(cut, key=lambda name: -paths[name]):
+        fewer = [other for other in cut if other != name]
+        if cost(without_paths(plan, fewer)) <= bound:
+            cut = fewer
+    return tidied(shapes, without_paths(plan, cut))
 
 
 def thinned_by_share(
@@ -84,4 +122,4 @@ def thinned_by_share(
     if not 0 <= share <= 1:
         raise InputError(f"the share of paths to cut must be between 0 and 1, not {share:g}.")
     order = by_price(shapes, plan, paths, cost)
-    return without_paths(plan, order[: round(share * len(order))])
+    return tidied(shapes, without_paths(plan, order[: round(share * len(order))]))

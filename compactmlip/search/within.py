@@ -94,15 +94,19 @@ def plan_within(
     whole = latency.uncut if latency else cost(Plan.of(full_channels(shapes), odd_paths=True))
     limit = bound.bound(whole)
     used = some_structures(graphs, seed)
+    options = {name: getattr(template, name) for name in ("odd_paths", "radial_hidden", "readout_hidden")}
+    space = Space(shapes, round_to, (template.importance,), **options)
     worth = path_importance(teacher, used, progress=progress) if by_paths else {}
     if scores is None and not by_paths:
         scores = importance(teacher, used, template.importance, seed=seed, progress=progress)
 
     def made() -> Plan:
         if by_paths:
-            return _paths_first(shapes, worth, cost, limit, template, to, round_to)
+            return _paths_first(space, worth, cost, limit, template.edge_order, to)
         assert scores is not None
-        return allocate(shapes, scores, cost, limit, round_to=round_to, template=template)
+        ranked = allocate(shapes, scores, cost, limit, round_to=round_to, template=template)
+        # The last block may have taken an order, and much of the cost: the others get what is left over.
+        return space.scaled(ranked, lambda plan: cost(plan) / limit) or ranked
 
     plan = made()
     for _ in range(CORRECTIONS if latency else 0):
@@ -115,20 +119,12 @@ def plan_within(
 
 
 def _paths_first(
-    shapes: Shapes,
-    worth: dict[str, float],
-    cost: Cost,
-    limit: float,
-    template: Plan,
-    to: str | None,
-    round_to: int,
+    space: Space, worth: dict[str, float], cost: Cost, limit: float, edge_order: int | None, to: str | None
 ) -> Plan:
-    options = {name: getattr(template, name) for name in ("odd_paths", "radial_hidden", "readout_hidden")}
-    space = Space(shapes, round_to, (template.importance,), **options)
     text = to or ",".join(format_channels(channels) for channels in space.full)
-    start = space.uniform(text, template.edge_order)
+    start = space.uniform(text, edge_order)
     for over in OVER:
-        thin = thinned(shapes, start, worth, cost, over * limit)
+        thin = thinned(space.shapes, start, worth, cost, over * limit)
         if thin is not None:
             made = thin if over == 1 else space.scaled(thin, lambda plan: cost(plan) / limit)
             if made is not None:
