@@ -115,9 +115,12 @@ class Bench:
             drawn = np.random.default_rng(self.seed).permutation(len(self.frames["train"]))
             chosen = [self.frames["train"][k] for k in drawn[: self.options.calibration]]
             graphs = [build_graph(a, model_spec(self.teacher), torch.float32) for a in chosen]
-            channels, _, edges = target.partition("@")
-            order = int(edges) if edges else None
-            made = compress(self.teacher, graphs, channels, edge_order=order, seed=self.seed).model
+            text, _, paths = target.partition("/")
+            channels, _, edges = text.partition("@")
+            order, share = int(edges) if edges else None, float(paths) if paths else 0.0
+            made = compress(
+                self.teacher, graphs, channels, edge_order=order, cut_paths=share, seed=self.seed
+            ).model
             checkpoint.save(made, path)
         return checkpoint.load(path, torch.float32)
 
@@ -212,12 +215,14 @@ def _say(text: str) -> None:
 
 
 def slug(target: str) -> str:
-    return target.replace("+", "_").replace(",", "__").replace("@", "_edges_")
+    return target.replace("+", "_").replace(",", "__").replace("@", "_edges_").replace("/", "_paths_")
 
 
 def shown(target: str) -> str:
     """A target for the tables."""
-    return target.replace("@", ", edges l <= ")
+    text, _, paths = target.partition("/")
+    cut = f", {float(paths):.0%} of the paths less" if paths else ""
+    return text.replace("@", ", edges l <= ") + cut
 
 
 def run(bench: Bench) -> None:
@@ -366,7 +371,8 @@ def main() -> None:
         "--targets",
         nargs="+",
         default=["128x0+64x1+32x2", "128x0+64x1"],
-        help="channels per order; @2 after them keeps harmonics of edges up to that order",
+        help="channels per order; @2 after them keeps harmonics of edges up to that order, /0.6 cuts that "
+        "share of the paths",
     )
     options_parser.add_argument("--calibration", type=int, default=12, help="frames for the compensation")
     options_parser.add_argument("--copies", type=int, default=1, help="perturbed copies of a training frame")
