@@ -27,7 +27,7 @@ from compactmlip.models.reshape import BasisStart
 from compactmlip.models.targets import Targets
 from compactmlip.spec import ModelSpec
 
-DEFAULT_TARGETS = {"nequip": ("128x0+64x1+32x2", 0.7), "mace": ("64x0+32x1+16x2", 0.0)}
+DEFAULT_TARGETS = {"nequip": ("128x0+64x1+32x2", 0.65), "mace": ("64x0+32x1+16x2", 0.0)}
 """By family: channels to keep and share of the paths to cut where nothing is asked for.
 
 Convolutions take most of the time of NequIP's family, so that paths go and channels stay; in MACE it is the
