@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 
-import numpy as np
 import torch
 from ase import Atoms
 from torch import nn
@@ -31,6 +30,7 @@ from compactmlip.models import model_dtype, model_spec, num_parameters, record_s
 from compactmlip.progress import Track
 from compactmlip.search.evaluate import Frames, PlanError, split_frames
 from compactmlip.search.exchange import wandered
+from compactmlip.search.finalists import Finalist, Finals, Goal
 from compactmlip.search.halving import successive_halving, to_train
 from compactmlip.search.options import SearchOptions
 from compactmlip.search.race import Objective, is_complete
@@ -107,7 +107,7 @@ class _Search:
         self.shapes = Shapes(teacher)
         self.frames: Frames = split_frames(frames, options.fit_atoms, options.held_out_atoms, options.seed)
         self.all_frames = frames
-        self.objective = Objective(options)
+        self.objective, self.goal = Objective(options), Goal(options)
         big = near_size(frames[0], options.atoms)
         self.graph = build_graph(big, model_spec(teacher), torch.float32)
         self.setting = Setting(options.atoms, len(self.graph.centers) / len(big))
@@ -122,8 +122,8 @@ class _Search:
         study = Study(self.folder, self.space, self.objective, self.options.seed)
         with open_workers(self.teacher, self.all_frames, self.options, self.folder) as workers:
             self._explore(study, workers)
-            checked = self._checked(study.candidates, workers) if study.candidates else []
-        return self._finish(study.candidates, checked)
+            finalists = self._finalists(study.candidates, workers) if study.candidates else []
+        return self._finish(study.candidates, finalists)
 
     def _explore(self, study: Study, workers: Workers) -> None:
         """Evaluate candidates until the time is up."""
@@ -195,14 +195,7 @@ class _Search:
 
     def _ranked(self, candidates: Sequence[Candidate]) -> list[Candidate]:
         """Candidates that meet the target first, best first."""
-        return sorted(candidates, key=lambda c: (not self._meets(c, 1 / c.time), self.objective(c)))
-
-    def _meets(self, candidate: Candidate, speedup: float) -> bool:
-        options = self.options
-        fast = options.factor is None or speedup >= options.factor
-        exact = options.force_mae is None or candidate.error.forces <= options.force_mae
-        small = options.memory is None or candidate.memory <= Budget.parse(f"memory={options.memory}").value
-        return fast and exact and small
+        return sorted(candidates, key=lambda c: (not self.goal.is_met(c, 1 / c.time), self.objective(c)))
 
     def _time(self, plan: Plan) -> float:
         return self.speed.relative_time(work(self.shapes.pruned(plan)))
@@ -251,7 +244,7 @@ class _Search:
         checkpoint.atomic_write_text(path, made.model_dump_json(indent=1) + "\n")
         return made
 
-    def _finish(self, candidates: list[Candidate], checked: list[Candidate]) -> Found:
+    def _finish(self, candidates: list[Candidate], finalists: list[Finalist]) -> Found:
         if not candidates:
             fastest = 1 / self._time(self.space.plan({EDGE: 0}))
             raise InputError(
@@ -259,24 +252,30 @@ class _Search:
                 f"as the uncut model with {len(self.graph.species)} atoms. Ask for less, or time more atoms "
                 "(--set atoms=512)."
             )
-        finalists, speedups = self._finalists(checked)
-        good = [k for k, c in enumerate(finalists) if self._meets(c, speedups[k])]
-        best = good[0] if good else self._closest(finalists, speedups)
+        good = [f for f in finalists if self.goal.is_met(f.candidate, f.speedup)]
+        best = (
+            min(good, key=lambda f: self.objective(f.candidate))
+            if good
+            else min(finalists, key=self.goal.violation)
+        )
         errors: HeldOutError | None = None
         if self.options.distil_minutes is not None:
-            pool = [finalists[k] for k in (good or [best])]
+            pool = [f.candidate for f in good or [best]]
             winner = self._train(pool)
-            best = finalists.index(winner)
+            best = next(f for f in finalists if f.candidate is winner)
         else:
-            made = self._compressed(finalists[best].plan)
+            made = self._compressed(best.candidate.plan)
             errors = None if made.compensation is None else made.compensation.after
             checkpoint.save(made.model, self.folder / "pruned.safetensors")
-        chosen = finalists[best]
         measured = {
-            "speedup": speedups[best],
+            "speedup": best.speedup,
             "finalists": [
-                {"plan": c.plan.summary, "force_mae_meV_per_A": c.error.forces, "speedup": s}
-                for c, s in zip(finalists, speedups, strict=True)
+                {
+                    "plan": f.candidate.plan.summary,
+                    "force_mae_meV_per_A": f.candidate.error.forces,
+                    "speedup": f.speedup,
+                }
+                for f in finalists
             ],
         }
         uncut = {
@@ -285,8 +284,8 @@ class _Search:
             "atoms": len(self.graph.species),
         }
         about = {"uncut": uncut, "speed_model": self.speed.model_dump()}
-        write_results(self.folder, self.options, about, candidates, chosen, measured)
-        return Found(chosen, best in good, speedups[best], errors, len(candidates))
+        write_results(self.folder, self.options, about, candidates, best.candidate, measured)
+        return Found(best.candidate, best in good, best.speedup, errors, len(candidates))
 
     def _checked(self, candidates: list[Candidate], workers: Workers) -> list[Candidate]:
         """The best candidates, and those that are going to be trained, measured in all divisions."""
@@ -298,40 +297,11 @@ class _Search:
         with Track("check", max(left, 1), "plans", enabled=self.progress) as track:
             return self._ranked(workers.completed(best, track.advance))
 
-    def _finalists(self, candidates: list[Candidate]) -> tuple[list[Candidate], list[float]]:
-        """The best candidates and their measured speed-ups; a second lot if the first is too slow."""
+    def _finalists(self, candidates: list[Candidate], workers: Workers) -> list[Finalist]:
+        """The best candidates with their measured speeds."""
         watch = Stopwatch(self.teacher, self.graph, self.shapes, 2 * self.options.repeats)
-        ranked = self._ranked(candidates)
-        finalists: list[Candidate] = []
-        speedups: list[float] = []
-        for _ in range(2):
-            lot = ranked[: self.options.finalists]
-            if self.options.distil_minutes is not None:
-                lot = to_train(ranked, self.options.finalists)
-            if not lot:
-                break
-            times = watch.measure([c.plan for c in lot], self.progress)
-            finalists, speedups = [*finalists, *lot], [*speedups, *(1 / t for t in times)]
-            if any(self._meets(c, s) for c, s in zip(finalists, speedups, strict=True)):
-                break
-            off = float(np.median([t / c.time for t, c in zip(times, lot, strict=True)]))
-            left = [c for c in candidates if c not in finalists and self._meets(c, 1 / (off * c.time))]
-            ranked = sorted(left, key=self.objective)
-        return finalists, speedups
-
-    def _closest(self, finalists: Sequence[Candidate], speedups: Sequence[float]) -> int:
-        """The finalist that misses the target least."""
-        far = [self._violation(c, s) for c, s in zip(finalists, speedups, strict=True)]
-        return int(np.argmin(far))
-
-    def _violation(self, candidate: Candidate, speedup: float) -> float:
-        """How far a candidate is from the target."""
-        far = 0.0
-        if self.options.factor is not None:
-            far += max(0.0, math.log(self.options.factor / speedup))
-        if self.options.force_mae is not None:
-            far += max(0.0, math.log(candidate.error.forces / self.options.force_mae))
-        return far
+        finals = Finals(self.options, self.space, self._time, self.memory, watch, self.progress)
+        return finals.run(self._checked(candidates, workers), workers)
 
     def _compressed(self, plan: Plan, atoms: int | None = None) -> Compressed:
         """Cut model, refitted on all structures or on some with about so many atoms."""
