@@ -9,7 +9,7 @@ from torch import nn
 
 from compactmlip.channels import format_channels
 from compactmlip.compress.allocate import allocate, full_channels
-from compactmlip.compress.compress import some_structures
+from compactmlip.compress.compress import default_target, some_structures
 from compactmlip.compress.cost import Budget, Cost, Setting, Shapes, cost_of
 from compactmlip.compress.importance import importance
 from compactmlip.compress.path_importance import path_importance
@@ -18,13 +18,17 @@ from compactmlip.compress.tapped import Scores
 from compactmlip.compress.thin import thinned
 from compactmlip.data.graph import GraphBatch
 from compactmlip.errors import InputError
+from compactmlip.models import model_spec
 from compactmlip.search.space import Space
 from compactmlip.search.speed import Latency
 
 First = Literal["paths", "channels"]
 
 PATHS_FIRST = frozenset({"latency", "flops"})
-"""Budgets that paths of the tensor products are cut for; channels take more parameters and memory."""
+"""Budgets that paths of the tensor products are cut for, where the family cuts any by default.
+
+Channels take more parameters and memory; and in MACE models losing channels costs less than losing paths
+(benchmarks/results/paths.md)."""
 
 CORRECTIONS = 3
 """A plan for a latency is measured, and made anew with what was learned, at most so often ..."""
@@ -66,7 +70,7 @@ def plan_within(
     first
         "paths" cuts paths of the tensor products, those first that are worth least for what they cost, and
         thins out channels only where that is not enough; "channels" takes channels away by a ranking of all.
-        By default paths for latencies and multiply-adds, channels otherwise.
+        By default paths for latencies and multiply-adds of SevenNet's family, channels otherwise.
     scores
         Importance of the channels by the criterion that the template names, if it is known already.
     round_to
@@ -80,11 +84,14 @@ def plan_within(
         If the budget cannot be read or met, or ``to`` is given where channels are ranked.
     """
     bound = Budget.parse(budget)
-    by_paths = (first or ("paths" if bound.kind in PATHS_FIRST else "channels")) == "paths"
+    if first is None:
+        cuts_paths = default_target(model_spec(teacher))[1] > 0
+        first = "paths" if cuts_paths and bound.kind in PATHS_FIRST else "channels"
+    by_paths = first == "paths"
     if to is not None and not by_paths:
         raise InputError(
-            "give only one of --to and --budget: this budget ranks all channels. With --first paths, as for "
-            "a latency, it cuts paths of the channels that --to names."
+            "give only one of --to and --budget: this budget ranks all channels. With --first paths it "
+            "cuts paths of the channels that --to names."
         )
     shapes, setting = Shapes(teacher), Setting.of(graphs)
     latency = None

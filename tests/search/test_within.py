@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import mace_models
 import pytest
 from ase.build import bulk
 from torch import nn
@@ -93,3 +94,13 @@ def test_plans_for_a_latency_are_measured(
     assert plan.made_by["cost_uncut"] == pytest.approx(1e-3)
     assert plan.made_by["cost"] == pytest.approx(1e-3 * 1.5 * cost(plan) / uncut, rel=0.03)
     assert 0.15 * uncut < 1.5 * cost(plan) <= 0.255 * uncut
+
+
+def test_mace_models_lose_channels() -> None:
+    model = mace_models.make_model(mace_models.make_spec(lmax_edge=2, correlation=2), seed=1)
+    atoms = bulk("MgO", "rocksalt", a=4.21)
+    atoms.symbols[:] = model_spec(model).species[:2]
+    made = [build_graph(atoms, model_spec(model))]
+    assert not _within("flops=60%", model, made).without_paths
+    whole = full_channels(Shapes(model))
+    assert _within("flops=80%", model, made, first="paths").channels[0][0] == whole[0][0]
