@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
+from compactmlip.checkpoint import atomic_write_text
 from compactmlip.compress.cost import Budget, Cost
 from compactmlip.compress.plan_file import Plan
 from compactmlip.search.evaluate import PlanError
@@ -29,6 +33,32 @@ class Finalist:
 
     candidate: Candidate
     speedup: float
+
+
+class FinalistsFile:
+    """Finalists of a search: measured once for the same candidates, so that their trainings can go on."""
+
+    def __init__(self, path: Path, options: SearchOptions, candidates: int) -> None:
+        self.path = path
+        self.key = [candidates, options.finalists, options.distil_minutes]
+
+    def load(self) -> list[Finalist] | None:
+        """What was saved, unless for other candidates or options."""
+        content = json.loads(self.path.read_text()) if self.path.is_file() else {}
+        if content.get("key") != self.key:
+            return None
+        return [Finalist(Candidate.of(row), row["speedup"]) for row in content["finalists"]]
+
+    def save(self, finalists: Sequence[Finalist]) -> None:
+        """Write them."""
+        rows = [f.candidate.row() | {"speedup": f.speedup} for f in finalists]
+        atomic_write_text(self.path, json.dumps({"key": self.key, "finalists": rows}, indent=1) + "\n")
+
+
+def digest_of_plans(plans: Sequence[Plan], options: SearchOptions) -> str:
+    """Name of the folder for trainings of these plans, each for its share of the time."""
+    text = json.dumps([[plan.to_json() for plan in plans], options.distil_minutes, options.workers])
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 class Goal:

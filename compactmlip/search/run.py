@@ -30,7 +30,7 @@ from compactmlip.models import model_dtype, model_spec, num_parameters, record_s
 from compactmlip.progress import Track
 from compactmlip.search.evaluate import Frames, PlanError, split_frames
 from compactmlip.search.exchange import wandered
-from compactmlip.search.finalists import Finalist, Finals, Goal
+from compactmlip.search.finalists import Finalist, FinalistsFile, Finals, Goal, digest_of_plans
 from compactmlip.search.halving import successive_halving, to_train
 from compactmlip.search.options import SearchOptions
 from compactmlip.search.race import Objective, is_complete
@@ -51,7 +51,7 @@ MARGIN = 0.97
 START_ATOMS = 2000
 """Plans that are trained afterwards are refitted on structures of so many atoms: training does the rest."""
 
-STATE = "search.json"
+STATE, FINALISTS = "search.json", "finalists.json"
 
 
 def search(
@@ -298,10 +298,15 @@ class _Search:
             return self._ranked(workers.completed(best, track.advance))
 
     def _finalists(self, candidates: list[Candidate], workers: Workers) -> list[Finalist]:
-        """The best candidates with their measured speeds."""
+        """The best candidates with their measured speeds; the same ones if their training was interrupted."""
+        kept = FinalistsFile(self.folder / FINALISTS, self.options, len(candidates))
+        if (known := kept.load()) is not None:
+            return known
         watch = Stopwatch(self.teacher, self.graph, self.shapes, 2 * self.options.repeats)
         finals = Finals(self.options, self.space, self._time, self.memory, watch, self.progress)
-        return finals.run(self._checked(candidates, workers), workers)
+        found = finals.run(self._checked(candidates, workers), workers)
+        kept.save(found)
+        return found
 
     def _compressed(self, plan: Plan, atoms: int | None = None) -> Compressed:
         """Cut model, refitted on all structures or on some with about so many atoms."""
@@ -332,7 +337,7 @@ class _Search:
             train,
             valid,
             self.options.distil_minutes,
-            self.folder / "distil",
+            self.folder / "distil" / digest_of_plans([c.plan for c in pool], self.options),
             workers=self.options.workers,
             progress=self.progress,
         )

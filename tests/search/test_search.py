@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from ase import Atoms
 from ase.build import bulk
 from torch import nn
@@ -229,6 +228,42 @@ def test_finalists_are_trained_by_halving(
     assert Plan.load(tmp_path / "plan.json").target == rounds[-1]["plan"]
 
 
+def test_an_interrupted_training_of_finalists_goes_on(
+    teacher: nn.Module,
+    frames: list[Atoms],
+    tmp_path: Path,
+    fake_speed: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With the same finalists, though their speeds would not be measured the same again."""
+    options = SearchOptions(speedup="2x", candidates=3, distil_minutes=0.05, finalists=2, **SMALL)
+    own, calls = module.successive_halving, list[Path]()
+
+    def interrupted(students: Any, train: Any, valid: Any, minutes: float, folder: Path, **more: Any) -> Any:
+        calls.append(folder)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        return own(students, train, valid, minutes, folder, **more)
+
+    monkeypatch.setattr(module, "successive_halving", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        search(teacher, frames, options, tmp_path, progress=False)
+    before = (tmp_path / "finalists.json").read_text()
+
+    def never(*_: Any, **__: Any) -> Any:
+        raise AssertionError("measured again")
+
+    monkeypatch.setattr(module.Finals, "run", never)
+    found = search(teacher, frames, options, tmp_path, progress=False)
+    assert (tmp_path / "finalists.json").read_text() == before and calls[0] == calls[1]
+    rows = json.loads(before)["finalists"]
+    assert found.chosen.row() in [{k: v for k, v in row.items() if k != "speedup"} for row in rows]
+    # Another number of candidates has other finalists.
+    with pytest.raises(AssertionError, match="measured again"):
+        more = options.model_copy(update={"candidates": 4})
+        search(teacher, frames, more, tmp_path, progress=False)
+
+
 def test_error_target_prefers_the_fastest_that_is_accurate_enough(
     teacher: nn.Module, frames: list[Atoms], tmp_path: Path, fake_speed: None
 ) -> None:
@@ -281,30 +316,6 @@ def test_tapered_plans_thin_out(teacher: nn.Module) -> None:
     plan = space.tapered(space.uniform("16x0+8x1"), 0.25)
     assert [c[1] if len(c) > 1 else 0 for c in plan.channels] == [8, 4, 0]
     assert [c[0] for c in plan.channels] == [16, 16, 16]
-
-
-def test_speed_model_finds_what_the_times_are_made_of() -> None:
-    rng = np.random.default_rng(0)
-    works = [Work(*rng.uniform(1, 10, size=7)) for _ in range(12)]
-    times = [0.1 + 0.02 * w.dense + 0.5 * 3 * w.convolution for w in works]
-    found = SpeedModel.fit(list(zip(works, times, strict=True)), 3.0, 1.0)
-    assert found.deviation < 1e-6
-    assert found.coefficients["dense"] == pytest.approx(0.02)
-    assert found.coefficients["convolution"] == pytest.approx(0.5)
-    assert found.constant == pytest.approx(0.1)
-    assert [found.relative_time(w) for w in works] == pytest.approx(times)
-
-
-def test_larger_models_are_measured_to_be_slower(teacher: nn.Module, kernels: None) -> None:
-    from compactmlip.data.graph import build_graph
-
-    atoms = bulk("MgO", "rocksalt", a=4.21, cubic=True).repeat(4)
-    graph = build_graph(atoms, model_spec(teacher), torch.float32)
-    watch = Stopwatch(teacher, graph, Shapes(teacher), repeats=9)
-    space = Space(Shapes(teacher), 2)
-    (small,) = watch.measure([space.uniform("2x0")])
-    assert small < 0.95
-    assert watch.fitted().reference_seconds > 0
 
 
 def test_exchanges_stay_on_the_budget(teacher: nn.Module) -> None:
