@@ -73,9 +73,9 @@ GOAL = 0.8
 
 
 def is_uniform(plan: Plan) -> bool:
-    """Whether all layers have the same channels, as far as the last one (scalars only) can, and all paths."""
-    first = plan.channels[0]
-    return not plan.without_paths and all(c == first[: len(c)] for c in plan.channels)
+    """Whether all layers have the same channels, the last one its scalars at least, and all paths."""
+    first, *others, last = plan.channels
+    return not plan.without_paths and all(c == first for c in others) and last == first[: len(last)]
 
 
 class Bench:
