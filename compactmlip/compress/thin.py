@@ -1,9 +1,9 @@
 """Cut single paths of the tensor products: those first that are worth least for the work that they take.
 
 Each path of a convolution couples one order of the neighbours' features with one of the harmonics of an edge.
-Most of the time of a deployed model of SevenNet goes into paths, and little of its accuracy comes from most of
-them, so that one that keeps its channels and loses paths is better than one of the same speed that loses
-channels; MACE models had better lose channels (benchmarks/results/paths.md).
+In deployed SevenNet models paths take most of the time, and most of them add little to the accuracy, so that
+one that keeps its channels and loses paths is better than one of the same speed that loses channels; MACE
+models had better lose channels (benchmarks/results/paths.md).
 """
 
 from __future__ import annotations

@@ -27,7 +27,8 @@ from compactmlip.compress.thin import (
 )
 from compactmlip.data.graph import GraphBatch, build_graph
 from compactmlip.errors import InputError
-from compactmlip.models import model_spec
+from compactmlip.models import model_spec, work
+from compactmlip.models.workload import COUPLING_COST, convolution_work
 
 SETTING = Setting(64, 10.0)
 
@@ -98,30 +99,53 @@ def test_a_share_of_the_paths(teacher: nn.Module, plan: Plan) -> None:
         thinned_by_share(shapes, plan, worth, cost, 1.5)
 
 
-def test_paths_cost_effort_whatever_their_channels(teacher: nn.Module) -> None:
-    """Coupling entries are formed for each edge; multiply-adds alone would miss them."""
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("share", [0.2, 0.35, 0.5, 0.65, 0.8])
+def test_nothing_that_still_fits_is_cut(teacher: nn.Module, plan: Plan, share: float, reverse: bool) -> None:
+    """The last path may have saved much more than was wanted."""
     shapes = Shapes(teacher)
-    cost = effort(shapes, SETTING)
-    thick, thin = (Plan.uniform(f"{n}x0+{n}x1", 3) for n in (8, 4))
-    gone = ("layers.1.path/1-1-0",)
-    savings = [cost(p) - cost(p.model_copy(update={"without_paths": gone})) for p in (thick, thin)]
-    # Channels are padded to eight: convolution and coupling entries are the same, the map behind is not.
-    assert savings[1] > 20.0 * 3 * SETTING.edges_per_atom
-    assert savings[0] >= savings[1]
+    worth, cost = _worth(shapes), effort(shapes, SETTING)
+    if reverse:
+        worth = {name: 1 / value for name, value in worth.items()}
+    bound = share * cost(plan)
+    made = thinned(shapes, plan, worth, cost, bound)
+    assert made is not None and cost(made) <= bound
+    for name in made.without_paths:
+        left = tuple(other for other in made.without_paths if other != name)
+        fuller = made.model_copy(update={"without_paths": left})
+        assert cost(fuller) > bound or _layers(shapes, fuller) == _layers(shapes, made)
 
 
-def test_cut_with_a_share(teacher: nn.Module) -> None:
+def test_effort_counts_coupling_entries(teacher: nn.Module) -> None:
+    """They are formed for each path and edge, whatever the number of channels."""
+    for channels in (1, 8, 64):
+        assert convolution_work({(1, 1, 0): channels, (2, 2, 2): channels}).couplings == 3 + 25
+    spec = model_spec(teacher)
+    found = work(spec)
+    # What the edges' own order couples scalars with: three layers of paths of features up to l = 2.
+    assert found.couplings > 3 * (1 + 3 + 5)
+    assert found.effort(10.0) - found.multiply_adds(10.0) == pytest.approx(
+        COUPLING_COST * 10.0 * found.couplings
+    )
+    assert found.per_atom(10.0)["couplings"] == 10.0 * found.couplings
+
+
+@pytest.mark.parametrize("share", [0.1, 0.3, 0.5, 0.7, 1.0])
+def test_cut_with_a_share(teacher: nn.Module, share: float) -> None:
     graphs = _graphs(teacher)
-    made = compress(teacher, graphs, "16x0+8x1+4x2", cut_paths=0.5, with_compensation=False)
+    made = compress(teacher, graphs, "16x0+8x1+4x2", cut_paths=share, with_compensation=False)
     step = model_spec(made.model).provenance.steps[-1].options
     shapes = Shapes(teacher)
     plan = Plan.uniform("16x0+8x1+4x2", 3)
     expected = thinned_by_share(
-        shapes, plan, path_importance(teacher, graphs), effort(shapes, Setting.of(graphs)), 0.5
+        shapes, plan, path_importance(teacher, graphs), effort(shapes, Setting.of(graphs)), share
     )
     assert list(step.get("without_paths", ())) == list(expected.without_paths)
     assert _layers(shapes, expected) == model_spec(made.model).architecture["layers"]
-    assert len(kept_paths(shapes, expected)) < len(kept_paths(shapes, plan)) - 3
+    assert len(kept_paths(shapes, expected)) <= (1 - share) * len(kept_paths(shapes, plan)) + 1
+
+
+def test_a_share_needs_channels(teacher: nn.Module) -> None:
     with pytest.raises(InputError, match="needs a target"):
-        compress(teacher, graphs, None, layers=2, cut_paths=0.5)
+        compress(teacher, _graphs(teacher), None, layers=2, cut_paths=0.5)
     assert default_target(model_spec(teacher))[1] > 0
