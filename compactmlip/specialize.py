@@ -354,6 +354,7 @@ class _Run:
             model, Dataset.from_frames(self._frames("test"), spec, model_dtype(model), "test set")
         )
         stress = errors.stress.mae
+        layers = spec.architecture["layers"]
         return Stage(
             name=title,
             parameters=num_parameters(model),
@@ -361,7 +362,7 @@ class _Run:
             energy_mae=errors.energy.mae,
             forces_mae=errors.forces.mae,
             stress_mae=None if stress != stress else stress,
-            note=format_channels(spec.architecture["layers"][0]["out"]),
+            note=f"{format_channels(layers[0]['out'])}, {sum(len(layer['paths']) for layer in layers)} paths",
         )
 
     def _load(self, name: str) -> nn.Module:

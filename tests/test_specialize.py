@@ -89,6 +89,8 @@ def test_everything_is_there(finished: Path) -> None:
     assert names[1:] == ["teacher, species needed", "pruned", "pruned, compensated", "distilled"]
     parameters = [row["parameters"] for row in certificate["stages"]]
     assert parameters[0] > parameters[1] > parameters[2] == parameters[3] == parameters[4]
+    assert certificate["stages"][2]["note"].startswith("5x0+4x1, ")
+    assert certificate["stages"][2]["note"].endswith(" paths")
     splits = [len(ase.io.read(finished / f"{name}.xyz", ":")) for name in ("train", "valid", "test")]
     assert sum(splits) == 20 and min(splits) >= 1
 
