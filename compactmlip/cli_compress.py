@@ -156,6 +156,8 @@ def prune(
     checkpoint.check_name(path)
     _one_of(to=to, plan=plan)
     _one_of(plan=plan, budget=budget, cut_paths=cut_paths)
+    if first and budget is None:
+        raise InputError("--first says what a budget cuts first: give --budget as well.")
     if layers and budget:
         raise InputError("give --layers or --budget; to have both, cut layers first and prune the result.")
     frames = read_structures(calibration)

@@ -82,6 +82,7 @@ def test_scores_budget_and_plan(run: Run) -> None:
         ("--cut-paths 0.5 --budget flops=50%", "give only one of --budget and --cut-paths"),
         ("--to 4x0 --cut-paths 1.5", "between 0 and 1"),
         ("--layers 1 --cut-paths 0.5", "needs a target"),
+        ("--to 4x0 --first paths", "give --budget as well"),
         ("--plan none.json", "cannot read the plan none.json"),
         ("--importance none.safetensors", "no such file"),
         ("--to 4x0 --importance taylr", "unknown importance 'taylr'"),
