@@ -83,6 +83,12 @@ def _cell(value: object) -> str:
     return str(value)
 
 
+def spread(values: Sequence[float] | np.ndarray) -> str:
+    """Mean, and standard deviation from seed to seed."""
+    mean = f"{np.mean(values):#.3g}".rstrip(".")
+    return mean if len(values) == 1 else f"{mean} ± {np.std(values, ddof=1):.2g}"
+
+
 def report(text: str, output: Path | None) -> None:
     """Print, and write if asked."""
     print(text, flush=True)

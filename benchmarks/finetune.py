@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 import torch
 from ase import Atoms
-from common import from_random, header, parser, report, table
+from common import from_random, header, parser, report, spread, table
 from torch import nn
 
 from compactmlip import CompactMLIPCalculator, checkpoint
@@ -315,12 +315,6 @@ class Report:
                     cells.append(spread(ratios) if ratios else "–")
             rows.append(cells)
         return rows
-
-
-def spread(values: list[float]) -> str:
-    """Mean, and standard deviation from seed to seed."""
-    mean = f"{np.mean(values):#.3g}".rstrip(".")
-    return mean if len(values) == 1 else f"{mean} ± {np.std(values, ddof=1):.2g}"
 
 
 def write_report(options: argparse.Namespace) -> None:

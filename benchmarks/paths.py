@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from common import header, parser, report, shown, table
+from common import header, parser, report, shown, spread, table
 from torch import nn
 
 from compactmlip import checkpoint
@@ -46,9 +46,6 @@ KINDS = {
     "ranked": "channels, by a ranking of all (taylor)",
     "paths": "paths, of all channels",
 }
-
-CORRECTIONS = 2
-"""Times that a uniform plan is measured and scaled."""
 
 
 class Bench:
@@ -109,13 +106,13 @@ class Bench:
         space = Space(self.shapes, 8, odd_paths=False)
         limit = self.latency.uncut / speedup
         start = space.uniform(self.given.uniform)
-        plan = space.scaled(start, lambda p: self.latency(p) / limit)
-        for _ in range(CORRECTIONS):
-            assert plan is not None, "this speed cannot be reached"
-            self.latency.correct(plan)
+
+        def scaled() -> Plan:
             plan = space.scaled(start, lambda p: self.latency(p) / limit)
-        assert plan is not None
-        return plan
+            assert plan is not None, "this speed cannot be reached"
+            return plan
+
+        return self.latency.settled(scaled)
 
     def result(self, kind: str, speedup: str, plan: Plan, seed: int) -> dict:
         """Errors after compensation and after training: meV/atom, meV/A, meV/A^3."""
@@ -140,12 +137,6 @@ class Bench:
         if not file.is_file():
             checkpoint.save(compress(self.teacher, self.graphs, plan).model, file)
         return checkpoint.load(file)
-
-
-def spread(values: np.ndarray) -> str:
-    """Mean, and standard deviation from seed to seed."""
-    mean = f"{values.mean():#.3g}".rstrip(".")
-    return mean if len(values) == 1 else f"{mean} ± {values.std(ddof=1):.2g}"
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -34,7 +34,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from ase import Atoms
-from common import header, parser, report, shown, table
+from common import header, parser, report, shown, spread, table
 from torch import nn
 
 from compactmlip.compress.apply import keep_species
@@ -293,11 +293,6 @@ def verdict(what: str, errors: dict[str, float], speeds: dict[str, float]) -> st
         f"uniform one on the test, at {speed:.2f} times its speed. The goal, at most {GOAL} at equal speed, "
         f"was {reached}.\n"
     )
-
-
-def spread(values: np.ndarray) -> str:
-    """Mean and standard deviation."""
-    return f"{values.mean():#.3g} +- {values.std(ddof=1) if len(values) > 1 else 0.0:.2g}"
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -51,10 +51,7 @@ def tidied(shapes: Shapes, plan: Plan) -> Plan:
     layers = []
     for t, channels in enumerate(plan.channels):
         names = [f"layers.{t}.out/{l}" for l in range(len(channels))]
-        left = [int(masks[name].sum()) if name in masks else 0 for name in names]
-        while len(left) > 1 and not left[-1]:
-            left.pop()
-        layers.append(tuple(left))
+        layers.append(tuple(int(masks[name].sum()) if name in masks else 0 for name in names))
     made = plan.model_copy(update={"layers": Plan.of(layers).layers, "without_paths": ()})
     if any(name.startswith(HARMONICS) for name in masks):
         used = [

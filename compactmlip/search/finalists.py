@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from compactmlip.checkpoint import atomic_write_text
-from compactmlip.compress.cost import Budget, Cost
+from compactmlip.compress.cost import Cost
 from compactmlip.compress.plan_file import Plan
 from compactmlip.search.evaluate import PlanError
 from compactmlip.search.halving import to_train
@@ -72,7 +72,7 @@ class Goal:
         options = self.options
         fast = options.factor is None or speedup >= options.factor
         exact = options.force_mae is None or candidate.error.forces <= options.force_mae
-        small = options.memory is None or candidate.memory <= Budget.parse(f"memory={options.memory}").value
+        small = options.memory_limit is None or candidate.memory <= options.memory_limit
         return fast and exact and small
 
     def violation(self, finalist: Finalist) -> float:

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import math
-import signal
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 
-import torch
 from ase import Atoms
 from torch import nn
 
 from compactmlip.errors import InputError
 from compactmlip.progress import Track
 from compactmlip.search.study import PROPOSED, Candidate
+from compactmlip.search.workers import spawned
 from compactmlip.train.distil import DistilOptions, DistilResult, distil
 
 
@@ -143,12 +140,8 @@ def _trainers(
     if workers == 1:
         yield lambda jobs: [_train(train, valid, job, progress) for job in jobs]
         return
-    about = (list(train), list(valid))
-    processes = ProcessPoolExecutor(workers, get_context("spawn"), _begin, about)
-    try:
+    with spawned(workers, _begin, list(train), list(valid)) as processes:
         yield lambda jobs: _shown(processes.map(_train_in_worker, jobs), len(jobs), progress)
-    finally:
-        processes.shutdown(wait=True, cancel_futures=True)
 
 
 def _shown(results: Iterable[Trained], number: int, progress: bool) -> list[Trained]:
@@ -171,9 +164,6 @@ _sets: tuple[list[Atoms], list[Atoms]] | None = None
 
 def _begin(train: list[Atoms], valid: list[Atoms]) -> None:
     global _sets
-    # An interruption ends the search's own process, which ends these.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    torch.set_num_threads(1)
     _sets = train, valid
 
 

@@ -68,3 +68,8 @@ class SearchOptions(BaseModel):
     def factor(self) -> float | None:
         """The wanted speed-up."""
         return None if self.speedup is None else float(self.speedup.rstrip("x"))
+
+    @property
+    def memory_limit(self) -> float | None:
+        """The largest memory, in bytes."""
+        return None if self.memory is None else Budget.parse(f"memory={self.memory}").value

@@ -16,7 +16,7 @@ from torch import nn
 from compactmlip import checkpoint
 from compactmlip.compress.compensate import HeldOutError
 from compactmlip.compress.compress import Compressed, compress, some_structures
-from compactmlip.compress.cost import Budget, Setting, Shapes, memory as memory_cost
+from compactmlip.compress.cost import Setting, Shapes, memory as memory_cost
 from compactmlip.compress.importance import importance
 from compactmlip.compress.path_importance import path_importance
 from compactmlip.compress.plan_file import Plan
@@ -171,7 +171,7 @@ class _Search:
 
     def _load(self, bound: float) -> Callable[[Plan], float]:
         """Largest of what a plan needs over what is allowed."""
-        allowed = None if self.options.memory is None else Budget.parse(f"memory={self.options.memory}").value
+        allowed = self.options.memory_limit
 
         def load(plan: Plan) -> float:
             needed = self._time(plan) / bound

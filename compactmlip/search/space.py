@@ -12,7 +12,7 @@ from compactmlip.compress.allocate import full_channels
 from compactmlip.compress.cost import Shapes
 from compactmlip.compress.plan_file import Plan
 from compactmlip.compress.tapped import Scores
-from compactmlip.compress.thin import cuttable_paths
+from compactmlip.compress.thin import HARMONICS, cuttable_paths
 from compactmlip.search.speed import capped
 
 EDGE = "edge order above the features'"
@@ -58,7 +58,7 @@ class Space:
         self.scores = scores or {}
         self.full = full_channels(shapes)
         self._effects: dict[str, str] = {}
-        edges = [name for name in shapes.graph.groups if name.startswith("edge_harmonics/")]
+        edges = [name for name in shapes.graph.groups if name.startswith(HARMONICS)]
         self.edge_orders = len(edges) - 1 if edges else None
         self.paths = cuttable_paths(shapes)
 

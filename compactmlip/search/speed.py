@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -210,6 +210,13 @@ def capped(plan: Plan, full: Sequence[Sequence[int]]) -> Plan:
     return plan.model_copy(update={"layers": Plan.of(layers).layers})
 
 
+CORRECTIONS = 3
+"""A plan for a latency is measured, and made anew with what was learned, at most so often ..."""
+
+CLOSE_ENOUGH = 0.02
+"""... or until prediction and measurement differ by less."""
+
+
 class Latency:
     """Seconds per atom of plans on this machine: predicted, and put right where a plan was measured.
 
@@ -269,3 +276,12 @@ class Latency:
         off = self.uncut * relative_time / predicted
         self.factor *= off
         return off
+
+    def settled(self, make: Callable[[], Plan]) -> Plan:
+        """What ``make`` makes by these predictions when they are right for it."""
+        plan = make()
+        for _ in range(CORRECTIONS):
+            if abs(self.correct(plan) - 1) < CLOSE_ENOUGH:
+                break
+            plan = make()
+        return plan

@@ -37,7 +37,7 @@ EXCHANGES = 3
 """Of four proposals, so many are neighbours of a good candidate; the others are the optimiser's."""
 
 
-PROPOSED = "exchange", "optuna"
+PROPOSED = EXCHANGE, OPTUNA = "exchange", "optuna"
 """Sources of plans that a search proposes itself; the others are names of the kinds that it begins with."""
 
 
@@ -173,8 +173,8 @@ class Study:
         repeated = count = 0
         while repeated < MOST_REPEATED:
             count += 1
-            source = PROPOSED[0] if count % (EXCHANGES + 1) and self.candidates else PROPOSED[1]
-            plan = self._neighbour(load()) if source == PROPOSED[0] else self._sampled(load(), repeated)
+            source = EXCHANGE if count % (EXCHANGES + 1) and self.candidates else OPTUNA
+            plan = self._neighbour(load()) if source == EXCHANGE else self._sampled(load(), repeated)
             if plan is None or self.knows(plan):
                 repeated += 1
                 continue

@@ -30,12 +30,6 @@ PATHS_FIRST = frozenset({"latency", "flops"})
 Channels take more parameters and memory; and in MACE models losing channels costs less than losing paths
 (benchmarks/results/paths.md)."""
 
-CORRECTIONS = 3
-"""A plan for a latency is measured, and made anew with what was learned, at most so often ..."""
-
-CLOSE_ENOUGH = 0.02
-"""... or until prediction and measurement differ by less."""
-
 OVER = (1.0, 1.5, 2.0, 3.0, 5.0, 10.0)
 """Costs over the bound that cutting paths is tried to reach, in turn; fewer channels do the rest."""
 
@@ -115,12 +109,7 @@ def plan_within(
         # The last block may have taken an order, and much of the cost: the others get what is left over.
         return space.scaled(ranked, lambda plan: cost(plan) / limit) or ranked
 
-    plan = made()
-    for _ in range(CORRECTIONS if latency else 0):
-        assert latency is not None
-        if abs(latency.correct(plan) - 1) < CLOSE_ENOUGH:
-            break
-        plan = made()
+    plan = latency.settled(made) if latency else made()
     made_by = {"budget": budget, "round_to": round_to, "cost": cost(plan), "cost_uncut": whole}
     return plan.model_copy(update={"made_by": made_by}), scores
 

@@ -100,12 +100,25 @@ def open_workers(
         return
     with tempfile.TemporaryDirectory(prefix="workers-", dir=folder) as files:
         file = checkpoint.save(teacher, Path(files) / "teacher.safetensors")
-        about = (file, list(frames), options, folder)
-        processes = ProcessPoolExecutor(options.workers, get_context("spawn"), _begin, about)
-        try:
+        with spawned(options.workers, _begin, file, list(frames), options, folder) as processes:
             yield Pool(processes, options.workers)
-        finally:
-            processes.shutdown(wait=True, cancel_futures=True)
+
+
+@contextmanager
+def spawned(number: int, begin: Callable[..., None], *about: object) -> Iterator[ProcessPoolExecutor]:
+    """Processes with one thread each, which begin with a call of ``begin``."""
+    processes = ProcessPoolExecutor(number, get_context("spawn"), _prepare, (begin, about))
+    try:
+        yield processes
+    finally:
+        processes.shutdown(wait=True, cancel_futures=True)
+
+
+def _prepare(begin: Callable[..., None], about: tuple[object, ...]) -> None:
+    # An interruption ends the search's own process, which ends these.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(1)
+    begin(*about)
 
 
 _race: Race | None = None
@@ -113,9 +126,6 @@ _race: Race | None = None
 
 def _begin(file: Path, frames: list[Atoms], options: SearchOptions, folder: Path) -> None:
     global _race
-    # An interruption ends the search's own process, which ends these.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    torch.set_num_threads(1)
     _race = make_race(checkpoint.load(file), frames, options, folder)
 
 
