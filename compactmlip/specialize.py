@@ -17,80 +17,38 @@ from typing import Any
 import numpy as np
 import yaml
 from ase import Atoms
-from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 
 from compactmlip import checkpoint
 from compactmlip.channels import format_channels
 from compactmlip.compress.apply import keep_species
 from compactmlip.compress.compress import checked_targets, compress, default_target
+from compactmlip.compress.cost import Budget
+from compactmlip.compress.plan_file import Plan
 from compactmlip.compress.scores_file import save_scores
-from compactmlip.data.graph import build_graph
+from compactmlip.data.graph import GraphBatch, build_graph
 from compactmlip.data.label import label, update_with_structures
 from compactmlip.data.read import read_labelled, read_structures, write_labelled
-from compactmlip.data.sample import SampleOptions, sample
+from compactmlip.data.sample import sample
 from compactmlip.data.select import split
 from compactmlip.deploy.archive import usable_device
 from compactmlip.deploy.compile import compile_model, default_backend
 from compactmlip.errors import InputError
 from compactmlip.families import load_model
 from compactmlip.models import model_dtype, model_spec, num_parameters
-from compactmlip.spec import DTypeName
+from compactmlip.search.within import cuts_paths, plan_within
+from compactmlip.specialize_options import PARTS, VALIDATION_SHARE, SpecializeOptions, with_budgets
 from compactmlip.train.dataset import Dataset
-from compactmlip.train.distil import DistilOptions, distil
+from compactmlip.train.distil import distil
 from compactmlip.train.metrics import evaluate
 from compactmlip.validate.certificate import Certificate, Stage
-from compactmlip.validate.options import ValidateOptions
 from compactmlip.validate.run import validate
-
-VALIDATION_SHARE = 0.42
-"""Share of the time budget that is kept for compiling and validating."""
-
-VALIDATION_BUDGETS = {
-    "nve_seconds": 0.07,
-    "teacher_nve_seconds": 0.03,
-    "ensemble_seconds": 0.15,
-    "nvt_seconds": 0.015,
-    "ladder_seconds": 0.055,
-    "npt_seconds": 0.055,
-    "defect_seconds": 0.025,
-    "speed_seconds": 0.012,
-}
-"""Shares of the time budget for parts of the validation, where the options do not say otherwise."""
 
 SCORES = "importance.safetensors"
 """Importance of the teacher's channels, in the folder."""
 
 SHORTEST_TRAINING = 0.5
 """Minutes of training that are done even when the budget is used up."""
-
-
-class SpecializeOptions(BaseModel):
-    """What to make and how long it may take; nested options belong to the single steps."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-    teacher: str = Field("7net-l3i5", description="known name, or path of a checkpoint")
-    modality: str | None = Field(None, description="level of theory, for teachers that have several")
-    accept_licence: str | None = Field(None, description="restricted licence of the teacher that is accepted")
-    species: tuple[str, ...] | None = Field(None, description="species to keep; by default the structures'")
-    to: str | None = Field(
-        None, description="channels per order to keep, for all layers or each; by default the family's"
-    )
-    cut_paths: float | None = Field(
-        None, ge=0, le=1, description="share of the tensor products' paths to cut; without 'to' the family's"
-    )
-    radial_hidden: int | None = Field(None, ge=1, description="units to keep in the radial networks")
-    readout_hidden: int | None = Field(None, ge=1, description="units to keep in the readout")
-    odd_paths: bool = Field(False, description="keep paths that break inversion symmetry")
-    edge_order: int | None = Field(None, ge=0, description="largest order of the harmonics of edges to keep")
-    compensate: bool = Field(True, description="refit linear maps in closed form after cutting")
-    minutes: float = Field(12.0, gt=0, description="time for everything; training gets what is left")
-    dtype: DTypeName = Field("float32", description="precision of the deployed file")
-    device: str = Field("cpu", description="where to compute: cpu, cuda, cuda:1, ...")
-    seed: int = Field(0, ge=0)
-    sample: SampleOptions = SampleOptions()
-    distil: DistilOptions = DistilOptions(max_epochs=None, max_minutes=5.0)
-    validation: ValidateOptions = ValidateOptions()
 
 
 class Folder:
@@ -176,7 +134,7 @@ def specialize(
     """
     if not structures:
         raise InputError("no structure given.")
-    options = _with_budgets(options or SpecializeOptions())
+    options = with_budgets(options or SpecializeOptions())
     folder = Folder(Path(out_dir), options, structures)
     run = _Run(folder, options, list(structures), progress)
     for name in ("teacher", "sample", "label", "prune", "distil", "compile", "validate"):
@@ -209,16 +167,15 @@ class _Run:
             )
         model = keep_species(full, wanted)
         # A target that cannot be met is refused now, not after sampling and labelling.
-        target, cut_paths = self._target(model)
-        checked_targets(
-            model_spec(model),
-            target,
-            all_may_stay=cut_paths > 0,
-            radial_hidden=self.options.radial_hidden,
-            readout_hidden=self.options.readout_hidden,
-            odd_paths=self.options.odd_paths,
-            edge_order=self.options.edge_order,
-        )
+        if self.options.plan is not None:
+            checked_targets(model_spec(model), self.options.plan.target, **self.options.plan.options)
+        else:
+            target, cut_paths = self._target(model)
+            budget = self.options.budget
+            if budget is not None:
+                cuts_paths(Budget.parse(budget), model_spec(model), self.options.to)
+            may_stay = cut_paths > 0 or budget is not None
+            checked_targets(model_spec(model), target, all_may_stay=may_stay, **self._parts())
         checkpoint.save(model, self.folder / "teacher.safetensors")
         return {"full_parameters": num_parameters(full), "parameters": num_parameters(model)}
 
@@ -245,25 +202,45 @@ class _Run:
         teacher = self._load("teacher")
         frames = self._frames("train")
         graphs = [build_graph(a, model_spec(teacher), model_dtype(teacher)) for a in frames]
-        target, cut_paths = self._target(teacher)
+        plan = self._plan(teacher, graphs)
+        target, cut_paths = (plan, 0.0) if plan is not None else self._target(teacher)
         result = compress(
             teacher,
             graphs,
             target,
             cut_paths=cut_paths,
-            radial_hidden=self.options.radial_hidden,
-            readout_hidden=self.options.readout_hidden,
-            odd_paths=self.options.odd_paths,
-            edge_order=self.options.edge_order,
             with_compensation=self.options.compensate,
             seed=self.options.seed,
             progress=self.progress,
+            **self._parts(),
         )
         if result.scores:
-            save_scores(self.folder / SCORES, result.scores, teacher, criterion="taylor")
+            save_scores(
+                self.folder / SCORES, result.scores, teacher, criterion=plan.importance if plan else "taylor"
+            )
         checkpoint.save(result.sliced, self.folder / "pruned.safetensors")
         checkpoint.save(result.model, self.folder / "compensated.safetensors")
         return {"parameters": num_parameters(result.model)}
+
+    def _plan(self, teacher: nn.Module, graphs: Sequence[GraphBatch]) -> Plan | None:
+        """The plan that was given, or one within the budget, if there is either."""
+        if self.options.budget is None:
+            return self.options.plan
+        plan, _ = plan_within(
+            self.options.budget,
+            teacher,
+            graphs,
+            Plan(layers=("1x0",), **self._parts()),
+            to=self.options.to,
+            seed=self.options.seed,
+            progress=self.progress,
+        )
+        plan.save(self.folder / "plan.json")
+        return plan
+
+    def _parts(self) -> dict[str, Any]:
+        """Options about what is kept besides channels and paths."""
+        return {name: getattr(self.options, name) for name in PARTS}
 
     def _target(self, teacher: nn.Module) -> tuple[str, float]:
         """Channels to keep and share of the paths to cut."""
@@ -373,17 +350,6 @@ class _Run:
 
     def _seeded(self, options: Any) -> Any:
         return options.model_copy(update={"seed": self.options.seed})
-
-
-def _with_budgets(options: SpecializeOptions) -> SpecializeOptions:
-    """Fill in the times of the validation that were not given."""
-    given = options.validation.model_fields_set
-    budgets = {
-        name: max(1.0, round(60 * share * options.minutes, 1))
-        for name, share in VALIDATION_BUDGETS.items()
-        if name not in given
-    }
-    return options.model_copy(update={"validation": options.validation.model_copy(update=budgets)})
 
 
 def _peak_memory() -> float:

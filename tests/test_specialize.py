@@ -18,11 +18,14 @@ from torch import nn
 import compactmlip.specialize as module
 from compactmlip import checkpoint
 from compactmlip.compress.compress import DEFAULT_TARGETS
+from compactmlip.compress.plan_file import Plan
 from compactmlip.config import resolve
 from compactmlip.deploy.ase import CompactMLIPCalculator
 from compactmlip.errors import CompactMLIPError, InputError, SpeciesError
-from compactmlip.models import model_spec
+from compactmlip.models import build, model_spec, num_parameters
+from compactmlip.spec import ModelSpec
 from compactmlip.specialize import Folder, SpecializeOptions, specialize
+from compactmlip.specialize_options import with_budgets
 
 _MGO = [bulk("MgO", "rocksalt", a=4.21, cubic=True)]
 
@@ -72,7 +75,8 @@ def _options(teacher: Path, **more: Any) -> SpecializeOptions:
         "validation.repeats=1",
         "validation.nve_ps=0.05",
     ]
-    return resolve(SpecializeOptions, None, settings, teacher=str(teacher), to="5x0+4x1", minutes=1.0, **more)
+    given = {"teacher": str(teacher), "to": "5x0+4x1", "minutes": 1.0, **more}
+    return resolve(SpecializeOptions, None, settings, **given)
 
 
 @pytest.fixture(scope="module")
@@ -161,13 +165,11 @@ def test_no_structure(tmp_path: Path) -> None:
 def test_paths_are_cut_where_no_channels_are_named(teacher: Path, tmp_path: Path) -> None:
     """The family's default keeps all channels but for those that no path makes any more."""
     options = _options(teacher).model_copy(update={"to": None, "minutes": 0.1})
-    run = module._Run(Folder(tmp_path, options, _MGO), options, _MGO, False)
-    for name in ("teacher", "sample", "label", "prune"):
-        run.folder.step(name, getattr(run, name))
-    whole, cut = (model_spec(checkpoint.load(tmp_path / f"{n}.safetensors")) for n in ("teacher", "pruned"))
+    whole, cut = _pruned(options, tmp_path)
     paths = [sum(len(layer["paths"]) for layer in spec.architecture["layers"]) for spec in (whole, cut)]
     assert paths[1] < 0.5 * paths[0]
     assert cut.architecture["layers"][0]["out"][0] == whole.architecture["layers"][0]["out"][0]
+    run = module._Run(Folder(tmp_path, options, _MGO), options, _MGO, False)
     assert run._target(checkpoint.load(teacher)) == DEFAULT_TARGETS["nequip"]
     named = options.model_copy(update={"to": "5x0"})
     assert module._Run(run.folder, named, _MGO, False)._target(checkpoint.load(teacher)) == ("5x0", 0.0)
@@ -175,11 +177,56 @@ def test_paths_are_cut_where_no_channels_are_named(teacher: Path, tmp_path: Path
     assert module._Run(run.folder, both, _MGO, False)._target(checkpoint.load(teacher)) == ("5x0", 0.25)
 
 
+def _pruned(options: SpecializeOptions, folder: Path) -> tuple[ModelSpec, ModelSpec]:
+    """Teacher and pruned model after the first steps."""
+    run = module._Run(Folder(folder, options, _MGO), options, _MGO, False)
+    for name in ("teacher", "sample", "label", "prune"):
+        run.folder.step(name, getattr(run, name))
+    teacher, cut = (model_spec(checkpoint.load(folder / f"{n}.safetensors")) for n in ("teacher", "pruned"))
+    return teacher, cut
+
+
+def test_a_plan_says_what_is_kept(teacher: Path, tmp_path: Path) -> None:
+    """A file is as good as the plan itself, also in config.yaml, which a second run may begin with."""
+    plan = Plan(layers=("6x0+5x1", "4x0"), edge_order=1, without_paths=("layers.1.path/1-1-0",))
+    file = plan.save(tmp_path / "plan.json")
+    _, cut = _pruned(_options(teacher, to=None, plan=file), tmp_path / "a")
+    layers = cut.architecture["layers"]
+    assert [layer["out"] for layer in layers] == [[6, 5], [4]]
+    assert layers[1]["paths"] == [[0, 0, 0]]
+    settings = yaml.safe_load((tmp_path / "a" / "config.yaml").read_text())
+    assert resolve(SpecializeOptions, tmp_path / "a" / "config.yaml", []).plan == plan
+    assert settings["plan"]["layers"] == ["6x0+5x1", "4x0"]
+
+
+def test_a_budget_is_kept_to(teacher: Path, tmp_path: Path) -> None:
+    whole, cut = _pruned(_options(teacher, to=None, budget="parameters=70%"), tmp_path)
+    sizes = [num_parameters(build(spec)) for spec in (whole, cut)]
+    assert 0.5 * sizes[0] < sizes[1] <= 0.7 * sizes[0]
+    assert json.loads((tmp_path / "plan.json").read_text())["made_by"]["budget"] == "parameters=70%"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"plan": Plan(layers=("5x0",))}, "leave out to"),
+        ({"plan": Plan(layers=("5x0",)), "to": None, "odd_paths": True}, "leave out odd_paths"),
+        ({"plan": "absent.json", "to": None}, "cannot read the plan"),
+        ({"budget": "latency=8x", "cut_paths": 0.5}, "leave out cut_paths"),
+        ({"budget": "latency=8x", "plan": Plan(layers=("5x0",)), "to": None}, "leave out budget"),
+        ({"budget": "speed=8x"}, "cannot read the budget"),
+    ],
+)
+def test_contradictions(teacher: Path, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        _options(teacher, **options)
+
+
 def test_validation_gets_its_share_of_the_time() -> None:
-    short, long = (module._with_budgets(SpecializeOptions(minutes=m)).validation for m in (6.0, 12.0))
+    short, long = (with_budgets(SpecializeOptions(minutes=m)).validation for m in (6.0, 12.0))
     assert long.nve_seconds == pytest.approx(2 * short.nve_seconds)
     given = resolve(SpecializeOptions, None, ["validation.nve_seconds=5"])
-    assert module._with_budgets(given).validation.nve_seconds == 5
+    assert with_budgets(given).validation.nve_seconds == 5
 
 
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
@@ -189,6 +236,8 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "target that cuts nothing": ({"to": "9x0+9x1+9x2", "odd_paths": True}, "cuts nothing"),
     "unreadable target": ({"to": "5y0"}, "cannot read channels"),
     "teacher": ({"teacher": "absent.safetensors"}, "no such file"),
+    "plan of another depth": ({"to": None, "plan": Plan(layers=("5x0",) * 3)}, "3 layers"),
+    "budget that ranks all channels": ({"budget": "parameters=40%"}, "only one of --to and --budget"),
     "licence": ({"teacher": "mace-omat-0-small"}, "accept"),
 }
 

@@ -72,6 +72,6 @@ def channel_rows(spec: ModelSpec) -> list[tuple[str, str]]:
     arch = MACEArchitecture.model_validate(spec.architecture)
     rows = [("embedding", format_channels((arch.embedding,)))]
     for t, layer in enumerate(arch.layers):
-        rows.append((f"layer {t}", format_channels(layer.out)))
+        rows.append((f"layer {t}", f"{format_channels(layer.out)}, {len(layer.paths)} paths"))
         rows.append((f"layer {t} contraction", f"{layer.width} channels, {layer.correlation} factors"))
     return rows

@@ -77,7 +77,10 @@ class NequIPArchitecture(BaseModel):
     def summary(self) -> list[tuple[str, str]]:
         """Rows (what, channels) for people."""
         rows = [("embedding", format_channels((self.embedding,)))]
-        rows += [(f"layer {t}", format_channels(layer.out)) for t, layer in enumerate(self.layers)]
+        rows += [
+            (f"layer {t}", f"{format_channels(layer.out)}, {len(layer.paths)} paths")
+            for t, layer in enumerate(self.layers)
+        ]
         return rows
 
 

@@ -21,6 +21,7 @@ from compactmlip.errors import InputError
 from compactmlip.models import model_spec
 from compactmlip.search.space import Space
 from compactmlip.search.speed import Latency
+from compactmlip.spec import ModelSpec
 
 First = Literal["paths", "channels"]
 
@@ -78,15 +79,7 @@ def plan_within(
         If the budget cannot be read or met, or ``to`` is given where channels are ranked.
     """
     bound = Budget.parse(budget)
-    if first is None:
-        cuts_paths = default_target(model_spec(teacher))[1] > 0
-        first = "paths" if cuts_paths and bound.kind in PATHS_FIRST else "channels"
-    by_paths = first == "paths"
-    if to is not None and not by_paths:
-        raise InputError(
-            "give only one of --to and --budget: this budget ranks all channels. With --first paths it "
-            "cuts paths of the channels that --to names."
-        )
+    by_paths = cuts_paths(bound, model_spec(teacher), to, first)
     shapes, setting = Shapes(teacher), Setting.of(graphs)
     latency = None
     if bound.kind == "latency":
@@ -112,6 +105,32 @@ def plan_within(
     plan = latency.settled(made) if latency else made()
     made_by = {"budget": budget, "round_to": round_to, "cost": cost(plan), "cost_uncut": whole}
     return plan.model_copy(update={"made_by": made_by}), scores
+
+
+def cuts_paths(budget: Budget, spec: ModelSpec, to: str | None, first: First | None = None) -> bool:
+    """Whether paths are cut for a budget before channels.
+
+    Parameters
+    ----------
+    budget, to, first
+        As of :func:`plan_within`.
+    spec
+        Of the model to cut.
+
+    Raises
+    ------
+    InputError
+        If channels to begin with are given where all are ranked.
+    """
+    if first is None:
+        usual = default_target(spec)[1] > 0 and budget.kind in PATHS_FIRST
+        first = "paths" if usual else "channels"
+    if to is not None and first == "channels":
+        raise InputError(
+            "give only one of --to and --budget: this budget ranks all channels. With 'prune --first paths' "
+            "it cuts paths of the channels that --to names."
+        )
+    return first == "paths"
 
 
 def _paths_first(

@@ -191,8 +191,8 @@ def test_products_of_an_order_that_is_cut_do_not_vote() -> None:
 def test_rows_for_people() -> None:
     assert channel_rows(native_spec()) == [
         ("embedding", "6x0"),
-        ("layer 0", "6x0+6x1"),
+        ("layer 0", "6x0+6x1, 3 paths"),
         ("layer 0 contraction", "6 channels, 2 factors"),
-        ("layer 1", "6x0"),
+        ("layer 1", "6x0, 7 paths"),
         ("layer 1 contraction", "6 channels, 2 factors"),
     ]
