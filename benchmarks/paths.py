@@ -45,6 +45,7 @@ KINDS = {
     "uniform": "channels, the same proportions in all layers ({uniform})",
     "ranked": "channels, by a ranking of all (taylor)",
     "paths": "paths, of all channels",
+    "both": "paths, of fewer channels ({narrow})",
 }
 
 
@@ -79,7 +80,7 @@ class Bench:
                 cells = [first["parameters"], 1 / relative, *first["compensated"]]
                 trained = np.array([m["trained"] for m in made])
                 cells += [spread(trained[:, k]) for k in range(3)]
-                name = KINDS[kind].format(uniform=self.given.uniform)
+                name = KINDS[kind].format(uniform=self.given.uniform, narrow=self.given.narrow)
                 rows.append([f"{name}: {plan.summary}", *cells, first["epochs"]])
             columns = ["cut", "parameters", "speed-up", "E compensated", "F compensated"]
             columns += ["E", "F", "S", "epochs"]
@@ -92,9 +93,14 @@ class Bench:
             if kind == "uniform":
                 plan = self.uniform(float(speedup.rstrip("x")))
             else:
-                first = "paths" if kind == "paths" else "channels"
-                template = Plan(layers=("1x0",))
-                plan, _ = plan_within(f"latency={speedup}", self.teacher, self.graphs, template, first=first)
+                plan, _ = plan_within(
+                    f"latency={speedup}",
+                    self.teacher,
+                    self.graphs,
+                    Plan(layers=("1x0",)),
+                    first="channels" if kind == "ranked" else "paths",
+                    to=self.given.narrow if kind == "both" else None,
+                )
             plan.save(path)
         return Plan.load(path)
 
@@ -147,6 +153,7 @@ def main(arguments: Sequence[str]) -> None:
     options.add_argument("--speedup", nargs="+", default=["5.6x"])
     options.add_argument("--kinds", nargs="+", default=list(KINDS), choices=list(KINDS))
     options.add_argument("--uniform", default="64x0+32x1+16x2", help="proportions of the uniform plan")
+    options.add_argument("--narrow", default="64x0+32x1+16x2", help="channels of which paths are cut as well")
     options.add_argument("--atoms", type=int, default=512, help="size of the structure that is timed")
     options.add_argument("--minutes", type=float, default=4.0, help="processor time of a training")
     options.add_argument("--seeds", type=int, default=1)

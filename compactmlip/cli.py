@@ -367,7 +367,8 @@ def _specialize(
     as_json: bool,
 ) -> None:
     from compactmlip.config import resolve
-    from compactmlip.specialize import SpecializeOptions, specialize as run
+    from compactmlip.specialize import specialize as run
+    from compactmlip.specialize_options import SpecializeOptions
     from compactmlip.summary import print_summary
 
     resolved = resolve(SpecializeOptions, config, settings or [], **options)

@@ -6,28 +6,24 @@ continues where it was.
 
 from __future__ import annotations
 
-import hashlib
 import json
-import resource
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 from ase import Atoms
 from torch import nn
 
 from compactmlip import checkpoint
 from compactmlip.channels import format_channels
 from compactmlip.compress.apply import keep_species
-from compactmlip.compress.compress import checked_targets, compress, default_target
+from compactmlip.compress.compress import DEFAULT_TARGETS, checked_targets, compress
 from compactmlip.compress.cost import Budget
 from compactmlip.compress.plan_file import Plan
 from compactmlip.compress.scores_file import save_scores
 from compactmlip.data.graph import GraphBatch, build_graph
-from compactmlip.data.label import label, update_with_structures
+from compactmlip.data.label import label
 from compactmlip.data.read import read_labelled, read_structures, write_labelled
 from compactmlip.data.sample import sample
 from compactmlip.data.select import split
@@ -37,9 +33,10 @@ from compactmlip.errors import InputError
 from compactmlip.families import load_model
 from compactmlip.models import model_dtype, model_spec, num_parameters
 from compactmlip.search.within import cuts_paths, plan_within
+from compactmlip.specialize_folder import Folder
 from compactmlip.specialize_options import PARTS, VALIDATION_SHARE, SpecializeOptions, with_budgets
 from compactmlip.train.dataset import Dataset
-from compactmlip.train.distil import distil
+from compactmlip.train.distil import DistilResult, distil
 from compactmlip.train.metrics import evaluate
 from compactmlip.validate.certificate import Certificate, Stage
 from compactmlip.validate.run import validate
@@ -47,60 +44,15 @@ from compactmlip.validate.run import validate
 SCORES = "importance.safetensors"
 """Importance of the teacher's channels, in the folder."""
 
+CANDIDATES = "candidates"
+"""Folder of the models that may become the result."""
+
 SHORTEST_TRAINING = 0.5
 """Minutes of training that are done even when the budget is used up."""
 
-
-class Folder:
-    """The output folder: which steps are done and how long they took."""
-
-    def __init__(self, path: Path, options: SpecializeOptions, structures: Sequence[Atoms]) -> None:
-        self.path = path
-        resolved = options.model_dump(mode="json")
-        digest = hashlib.sha256()
-        update_with_structures(digest, structures)
-        # Accepting a licence changes no result; it is asked for once, before the teacher is imported.
-        results = {key: value for key, value in resolved.items() if key != "accept_licence"}
-        identity = json.dumps([results, digest.hexdigest()], sort_keys=True)
-        self.identity = hashlib.sha256(identity.encode()).hexdigest()
-        self.record: dict[str, Any] = {"identity": self.identity, "seconds": {}, "results": {}}
-        path.mkdir(parents=True, exist_ok=True)
-        state = self / "state.json"
-        if state.is_file():
-            found = json.loads(state.read_text())
-            same = found.get("identity") == self.identity
-            # A run that finished no step, as one with a wrong option, leaves nothing to protect.
-            if not same and found.get("results"):
-                raise InputError(
-                    f"{path} holds a run with other options or structures (see {path / 'config.yaml'}); "
-                    "give another folder with -o, or delete this one."
-                )
-            self.record = found if same else self.record
-        text = yaml.safe_dump(resolved, sort_keys=False)
-        checkpoint.atomic_write_text(self / "config.yaml", text)
-
-    def __truediv__(self, name: str) -> Path:
-        return self.path / name
-
-    @property
-    def seconds(self) -> float:
-        """Time spent so far, over all parts of the run."""
-        return float(sum(self.record["seconds"].values()))
-
-    def step(self, name: str, run: Callable[[], dict[str, Any] | None]) -> dict[str, Any]:
-        """Run a step unless it is done; time that an interrupted attempt took counts too."""
-        if name not in self.record["results"]:
-            begin = time.monotonic()
-            try:
-                self.record["results"][name] = run() or {}
-            finally:
-                spent = self.record["seconds"].get(name, 0.0) + time.monotonic() - begin
-                self.record["seconds"][name] = spent
-                self.record["peak_memory_GB"] = max(self.record.get("peak_memory_GB", 0.0), _peak_memory())
-                text = json.dumps(self.record, indent=1)
-                checkpoint.atomic_write_text(self / "state.json", text)
-        result: dict[str, Any] = self.record["results"][name]
-        return result
+TRIAL_SHARE, SHORTEST_TRIAL = 0.12, 0.2
+"""Share of the time for training that each candidate gets before one is chosen; minutes below which the first
+one is taken."""
 
 
 def specialize(
@@ -113,7 +65,8 @@ def specialize(
     """Make a compact model for the user's structures and prove what it is worth.
 
     Steps: import the teacher and keep only the species needed; sample structures; label them with
-    the teacher; prune with compensation; distil; compile; validate.  The folder then holds each
+    the teacher; prune with compensation (where nothing says what to keep, in several ways, of which a short
+    training of each chooses); distil; compile; validate.  The folder then holds each
     intermediate model and data set, ``model.pt``, ``certificate.json`` and ``report.html``.
 
     Parameters
@@ -137,7 +90,7 @@ def specialize(
     options = with_budgets(options or SpecializeOptions())
     folder = Folder(Path(out_dir), options, structures)
     run = _Run(folder, options, list(structures), progress)
-    for name in ("teacher", "sample", "label", "prune", "distil", "compile", "validate"):
+    for name in ("teacher", "sample", "label", "prune", "choose", "distil", "compile", "validate"):
         folder.step(name, getattr(run, name))
     return Certificate.load(folder / "certificate.json")
 
@@ -166,16 +119,7 @@ class _Run:
                 f"to keep ({', '.join(sorted(wanted))})."
             )
         model = keep_species(full, wanted)
-        # A target that cannot be met is refused now, not after sampling and labelling.
-        if self.options.plan is not None:
-            checked_targets(model_spec(model), self.options.plan.target, **self.options.plan.options)
-        else:
-            target, cut_paths = self._target(model)
-            budget = self.options.budget
-            if budget is not None:
-                cuts_paths(Budget.parse(budget), model_spec(model), self.options.to)
-            may_stay = cut_paths > 0 or budget is not None
-            checked_targets(model_spec(model), target, all_may_stay=may_stay, **self._parts())
+        self._check_targets(model)
         checkpoint.save(model, self.folder / "teacher.safetensors")
         return {"full_parameters": num_parameters(full), "parameters": num_parameters(model)}
 
@@ -198,80 +142,138 @@ class _Run:
         return {"mean_force_eV_per_A": float(forces.mean()), **{k: len(v) for k, v in parts.items()}}
 
     def prune(self) -> dict[str, Any]:
-        """Cut and refit."""
+        """Cut and refit; several candidates where nothing says what to keep."""
         teacher = self._load("teacher")
         frames = self._frames("train")
         graphs = [build_graph(a, model_spec(teacher), model_dtype(teacher)) for a in frames]
-        plan = self._plan(teacher, graphs)
-        target, cut_paths = (plan, 0.0) if plan is not None else self._target(teacher)
-        result = compress(
-            teacher,
-            graphs,
-            target,
-            cut_paths=cut_paths,
-            with_compensation=self.options.compensate,
-            seed=self.options.seed,
-            progress=self.progress,
-            **self._parts(),
-        )
-        if result.scores:
-            save_scores(
-                self.folder / SCORES, result.scores, teacher, criterion=plan.importance if plan else "taylor"
+        (self.folder / CANDIDATES).mkdir(exist_ok=True)
+        targets = self._targets(teacher, graphs)
+        for k, (target, cut_paths) in enumerate(targets):
+            made = compress(
+                teacher,
+                graphs,
+                target,
+                cut_paths=cut_paths,
+                with_compensation=self.options.compensate,
+                seed=self.options.seed,
+                progress=self.progress,
+                **self._parts(),
             )
-        checkpoint.save(result.sliced, self.folder / "pruned.safetensors")
-        checkpoint.save(result.model, self.folder / "compensated.safetensors")
-        return {"parameters": num_parameters(result.model)}
+            checkpoint.save(made.sliced, self.folder / CANDIDATES / f"pruned-{k}.safetensors")
+            checkpoint.save(made.model, self.folder / CANDIDATES / f"compensated-{k}.safetensors")
+            if k == 0 and made.scores:
+                criterion = target.importance if isinstance(target, Plan) else "taylor"
+                save_scores(self.folder / SCORES, made.scores, teacher, criterion=criterion)
+        return {"candidates": len(targets)}
 
-    def _plan(self, teacher: nn.Module, graphs: Sequence[GraphBatch]) -> Plan | None:
-        """The plan that was given, or one within the budget, if there is either."""
+    def choose(self) -> dict[str, Any]:
+        """Train each of several candidates for a short time; the best of them goes on.
+
+        Errors before a training say little about what it makes of a model.
+        """
+        number = self.folder.record["results"]["prune"]["candidates"]
+        chosen, tried = 0, []
+        minutes = TRIAL_SHARE * self._minutes("trials")
+        if number > 1 and minutes >= SHORTEST_TRIAL:
+            results = [
+                self._trained(f"{CANDIDATES}/compensated-{k}", minutes, f"{CANDIDATES}/trial-{k}")
+                for k in range(number)
+            ]
+            losses = [min(row["valid_loss"] for row in result.history) for result in results]
+            chosen = int(np.argmin(losses))
+            tried = [result.errors.forces.mae for result in results]
+            checkpoint.save(results[chosen].model, self.folder / "started.safetensors")
+        for name in ("pruned", "compensated"):
+            model = self._load(f"{CANDIDATES}/{name}-{chosen}")
+            checkpoint.save(model, self.folder / f"{name}.safetensors")
+        plan = self.folder / CANDIDATES / f"plan-{chosen}.json"
+        if plan.is_file():
+            Plan.load(plan).save(self.folder / "plan.json")
+        return {"chosen": chosen, "forces_mae": tried, "minutes": minutes if tried else 0.0}
+
+    def _targets(self, teacher: nn.Module, graphs: Sequence[GraphBatch]) -> list[tuple[str | Plan, float]]:
+        """What to keep, and the share of the paths to cut: one or several candidates."""
+        if self.options.plan is not None:
+            return [(self.options.plan, 0.0)]
         if self.options.budget is None:
-            return self.options.plan
-        plan, _ = plan_within(
-            self.options.budget,
-            teacher,
-            graphs,
-            Plan(layers=("1x0",), **self._parts()),
-            to=self.options.to,
-            seed=self.options.seed,
-            progress=self.progress,
-        )
-        plan.save(self.folder / "plan.json")
-        return plan
+            return list(self._shares(teacher))
+        plans: list[tuple[str | Plan, float]] = []
+        for to in self._starts(teacher):
+            plan, _ = plan_within(
+                self.options.budget,
+                teacher,
+                graphs,
+                Plan(layers=("1x0",), **self._parts()),
+                to=to,
+                seed=self.options.seed,
+                progress=self.progress,
+            )
+            plan.save(self.folder / CANDIDATES / f"plan-{len(plans)}.json")
+            plans.append((plan, 0.0))
+        return plans
+
+    def _shares(self, teacher: nn.Module) -> Sequence[tuple[str, float]]:
+        """Channels to keep and shares of the paths to cut, without a plan or a budget."""
+        to, share = self.options.to, self.options.cut_paths
+        if to is not None:
+            return [(to, share or 0.0)]
+        defaults = DEFAULT_TARGETS[model_spec(teacher).family]
+        return defaults if share is None else [(defaults[0][0], share)]
+
+    def _starts(self, teacher: nn.Module) -> list[str | None]:
+        """Channels that a budget begins with; None for all of them."""
+        assert self.options.budget is not None
+        spec, to = model_spec(teacher), self.options.to
+        if to is not None or not cuts_paths(Budget.parse(self.options.budget), spec, to):
+            return [to]
+        return [None, *(narrow for narrow, _ in DEFAULT_TARGETS[spec.family][1:])]
+
+    def _check_targets(self, model: nn.Module) -> None:
+        """Refuse a target that cannot be met now, not after sampling and labelling."""
+        if (plan := self.options.plan) is not None:
+            checked_targets(model_spec(model), plan.target, **plan.options)
+            return
+        if self.options.budget is not None:
+            cuts_paths(Budget.parse(self.options.budget), model_spec(model), self.options.to)
+        for target, share in self._shares(model):
+            may_stay = share > 0 or self.options.budget is not None
+            checked_targets(model_spec(model), target, all_may_stay=may_stay, **self._parts())
 
     def _parts(self) -> dict[str, Any]:
         """Options about what is kept besides channels and paths."""
         return {name: getattr(self.options, name) for name in PARTS}
 
-    def _target(self, teacher: nn.Module) -> tuple[str, float]:
-        """Channels to keep and share of the paths to cut."""
-        to, cut_paths = (self.options.to, 0.0) if self.options.to else default_target(model_spec(teacher))
-        return to, cut_paths if self.options.cut_paths is None else self.options.cut_paths
-
     def distil(self) -> dict[str, Any]:
         """Train for the time that is left."""
-        # A continued run keeps its first budget: the folder of the training knows what is used.
-        plan = self.folder / "distil" / "minutes.json"
-        if not plan.is_file():
-            left = self.options.minutes * (1 - VALIDATION_SHARE) - self.folder.seconds / 60
-            plan.parent.mkdir(exist_ok=True)
-            text = json.dumps(max(left, SHORTEST_TRAINING))
-            checkpoint.atomic_write_text(plan, text)
-        minutes = float(json.loads(plan.read_text()))
-        options = self.options.distil.model_copy(update={"max_minutes": minutes, "seed": self.options.seed})
-        result = distil(
-            self._load("compensated"),
-            self._frames("train"),
-            self._frames("valid"),
-            options,
-            self.folder / "distil",
-            self.progress,
-        )
+        minutes = self._minutes("distil")
+        start = "started" if (self.folder / "started.safetensors").is_file() else "compensated"
+        result = self._trained(start, minutes, "distil")
         checkpoint.save(result.model, self.folder / "distilled.safetensors")
         return {
             "epochs": result.history[-1].get("epoch"),
             "minutes": minutes,
             "stopped": result.stopped_because,
         }
+
+    def _minutes(self, name: str) -> float:
+        """Minutes that are left for training; a continued run keeps what a step began with."""
+        file = self.folder / f"{name}-minutes.json"
+        if not file.is_file():
+            left = self.options.minutes * (1 - VALIDATION_SHARE) - self.folder.seconds / 60
+            checkpoint.atomic_write_text(file, json.dumps(max(left, SHORTEST_TRAINING)))
+        return float(json.loads(file.read_text()))
+
+    def _trained(self, start: str, minutes: float, name: str) -> DistilResult:
+        """Distil a model of the folder; the folder of the training knows how much of its time is used."""
+        options = self.options.distil.model_copy(update={"max_minutes": minutes, "seed": self.options.seed})
+        return distil(
+            self._load(start),
+            self._frames("train"),
+            self._frames("valid"),
+            options,
+            self.folder / name,
+            self.progress,
+        )
 
     def compile(self) -> dict[str, Any]:
         """Write the deployed file."""
@@ -332,6 +334,7 @@ class _Run:
         )
         stress = errors.stress.mae
         layers = spec.architecture["layers"]
+        note = f"{format_channels(layers[0]['out'])}, {sum(len(layer['paths']) for layer in layers)} paths"
         return Stage(
             name=title,
             parameters=num_parameters(model),
@@ -339,8 +342,16 @@ class _Run:
             energy_mae=errors.energy.mae,
             forces_mae=errors.forces.mae,
             stress_mae=None if stress != stress else stress,
-            note=f"{format_channels(layers[0]['out'])}, {sum(len(layer['paths']) for layer in layers)} paths",
+            note=f"{note}{self._rivals()}" if name == "distilled" else note,
         )
+
+    def _rivals(self) -> str:
+        """What the result was chosen from, if it was."""
+        found = self.folder.record["results"]["choose"]
+        errors = " and ".join(f"{error:.1f}" for error in found["forces_mae"])
+        if not errors:
+            return ""
+        return f"; chosen among force errors of {errors} meV/A on validation structures after short trainings"
 
     def _load(self, name: str) -> nn.Module:
         return checkpoint.load(self.folder / f"{name}.safetensors").to(usable_device(self.options.device))
@@ -350,8 +361,3 @@ class _Run:
 
     def _seeded(self, options: Any) -> Any:
         return options.model_copy(update={"seed": self.options.seed})
-
-
-def _peak_memory() -> float:
-    """Largest resident memory of this process so far, in GB (Linux counts it in kB)."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6

@@ -23,7 +23,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("families", "compress", "data", "deploy", "lammps"),
     ("train",),
     ("validate",),
-    ("specialize", "specialize_options", "finetune", "search", "summary", "info"),
+    ("specialize", "specialize_folder", "specialize_options", "finetune", "search", "summary", "info"),
     ("cli_types", "cli_compress", "cli_deploy", "cli_train", "cli"),
 )
 """A module imports from its own layer and those above it in this list, never from those below."""

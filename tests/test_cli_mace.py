@@ -17,7 +17,8 @@ from compactmlip.checkpoint import load, read_spec, save
 from compactmlip.config import resolve
 from compactmlip.data.graph import build_graph, energy_and_derivatives
 from compactmlip.models import cast
-from compactmlip.specialize import SpecializeOptions, specialize
+from compactmlip.specialize import specialize
+from compactmlip.specialize_options import SpecializeOptions
 
 
 @pytest.fixture

@@ -24,8 +24,9 @@ from compactmlip.deploy.ase import CompactMLIPCalculator
 from compactmlip.errors import CompactMLIPError, InputError, SpeciesError
 from compactmlip.models import build, model_spec, num_parameters
 from compactmlip.spec import ModelSpec
-from compactmlip.specialize import Folder, SpecializeOptions, specialize
-from compactmlip.specialize_options import with_budgets
+from compactmlip.specialize import specialize
+from compactmlip.specialize_folder import Folder
+from compactmlip.specialize_options import SpecializeOptions, with_budgets
 
 _MGO = [bulk("MgO", "rocksalt", a=4.21, cubic=True)]
 
@@ -170,11 +171,61 @@ def test_paths_are_cut_where_no_channels_are_named(teacher: Path, tmp_path: Path
     assert paths[1] < 0.5 * paths[0]
     assert cut.architecture["layers"][0]["out"][0] == whole.architecture["layers"][0]["out"][0]
     run = module._Run(Folder(tmp_path, options, _MGO), options, _MGO, False)
-    assert run._target(checkpoint.load(teacher)) == DEFAULT_TARGETS["nequip"]
-    named = options.model_copy(update={"to": "5x0"})
-    assert module._Run(run.folder, named, _MGO, False)._target(checkpoint.load(teacher)) == ("5x0", 0.0)
-    both = named.model_copy(update={"cut_paths": 0.25})
-    assert module._Run(run.folder, both, _MGO, False)._target(checkpoint.load(teacher)) == ("5x0", 0.25)
+    assert list(run._shares(checkpoint.load(teacher))) == list(DEFAULT_TARGETS["nequip"])
+    for given, wanted in (
+        ({"to": "5x0"}, ("5x0", 0.0)),
+        ({"to": "5x0", "cut_paths": 0.25}, ("5x0", 0.25)),
+        ({"cut_paths": 0.25}, (DEFAULT_TARGETS["nequip"][0][0], 0.25)),
+    ):
+        named = options.model_copy(update=given)
+        shares = module._Run(run.folder, named, _MGO, False)._shares(checkpoint.load(teacher))
+        assert list(shares) == [wanted]
+
+
+@pytest.mark.parametrize("better", [0, 1])
+def test_the_candidate_that_learns_best_goes_on(
+    teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, better: int
+) -> None:
+    """Whichever it is; its weights of the short training are what the long one begins with."""
+    monkeypatch.setitem(DEFAULT_TARGETS, "nequip", (("8x0+6x1+4x2", 0.5), ("4x0+3x1", 0.0)))
+    options = _options(teacher, to=None, minutes=12.0)
+    folder = Folder(tmp_path, options, _MGO)
+    run = module._Run(folder, options, _MGO, False)
+    for name in ("teacher", "sample", "label", "prune"):
+        folder.step(name, getattr(run, name))
+    trainings: list[tuple[float, Path]] = []
+
+    def trained(student: nn.Module, *args: Any, **given: Any) -> Any:
+        result = module_distil(student, *args, **given)
+        _, _, settings, out, _ = args
+        trainings.append((settings.max_minutes, out))
+        if len(trainings) == better + 1:
+            result.history[-1]["valid_loss"] = 0.0
+        return result
+
+    module_distil = module.distil
+    monkeypatch.setattr(module, "distil", trained)
+    assert folder.step("choose", run.choose)["chosen"] == better
+    kept = model_spec(checkpoint.load(tmp_path / "compensated.safetensors"))
+    assert kept.architecture["layers"][0]["out"][0] == (8, 4)[better]
+    weights = [
+        checkpoint.load(tmp_path / name).state_dict()
+        for name in ("started.safetensors", f"candidates/trial-{better}/best.safetensors")
+    ]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[1])
+    folder.step("distil", run.distil)
+    assert [minutes for minutes, _ in trainings[:2]] == pytest.approx([0.12 * trainings[2][0]] * 2, rel=0.2)
+    assert checkpoint.read_spec(tmp_path / "distilled.safetensors").architecture == kept.architecture
+    assert "chosen among force errors of" in run._stage("distilled", "distilled").note
+    assert "chosen" not in run._stage("pruned", "pruned").note
+
+
+def test_no_trial_where_there_is_no_time_for_it(teacher: Path, tmp_path: Path) -> None:
+    options = _options(teacher, to=None, minutes=0.1)
+    _pruned(options, tmp_path)
+    run = module._Run(Folder(tmp_path, options, _MGO), options, _MGO, False)
+    assert run.choose() == {"chosen": 0, "forces_mae": [], "minutes": 0.0}
+    assert not (tmp_path / "started.safetensors").exists()
 
 
 def _pruned(options: SpecializeOptions, folder: Path) -> tuple[ModelSpec, ModelSpec]:
@@ -182,7 +233,8 @@ def _pruned(options: SpecializeOptions, folder: Path) -> tuple[ModelSpec, ModelS
     run = module._Run(Folder(folder, options, _MGO), options, _MGO, False)
     for name in ("teacher", "sample", "label", "prune"):
         run.folder.step(name, getattr(run, name))
-    teacher, cut = (model_spec(checkpoint.load(folder / f"{n}.safetensors")) for n in ("teacher", "pruned"))
+    names = ("teacher", "candidates/pruned-0")
+    teacher, cut = (model_spec(checkpoint.load(folder / f"{name}.safetensors")) for name in names)
     return teacher, cut
 
 
@@ -200,10 +252,25 @@ def test_a_plan_says_what_is_kept(teacher: Path, tmp_path: Path) -> None:
 
 
 def test_a_budget_is_kept_to(teacher: Path, tmp_path: Path) -> None:
-    whole, cut = _pruned(_options(teacher, to=None, budget="parameters=70%"), tmp_path)
+    options = _options(teacher, to=None, budget="parameters=70%", minutes=0.1)
+    whole, cut = _pruned(options, tmp_path)
     sizes = [num_parameters(build(spec)) for spec in (whole, cut)]
     assert 0.5 * sizes[0] < sizes[1] <= 0.7 * sizes[0]
-    assert json.loads((tmp_path / "plan.json").read_text())["made_by"]["budget"] == "parameters=70%"
+    run = module._Run(Folder(tmp_path, options, _MGO), options, _MGO, False)
+    run.folder.step("choose", run.choose)
+    plan = Plan.load(tmp_path / "plan.json")
+    assert plan.made_by["budget"] == "parameters=70%"
+    assert list(plan.channels[0]) == cut.architecture["layers"][0]["out"]
+
+
+def test_a_budget_that_cuts_paths_begins_with_all_channels_and_with_fewer(
+    teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(DEFAULT_TARGETS, "nequip", (("8x0+6x1+4x2", 0.5), ("4x0+3x1", 0.3)))
+    _pruned(_options(teacher, to=None, budget="flops=40%"), tmp_path)
+    plans = [Plan.load(tmp_path / "candidates" / f"plan-{k}.json") for k in (0, 1)]
+    assert plans[0].channels[0][0] == 8 and plans[1].channels[0][0] == 4
+    assert all(plan.made_by["cost"] <= 0.4 * plan.made_by["cost_uncut"] for plan in plans)
 
 
 @pytest.mark.parametrize(

@@ -27,11 +27,15 @@ from compactmlip.models.reshape import BasisStart
 from compactmlip.models.targets import Targets
 from compactmlip.spec import ModelSpec
 
-DEFAULT_TARGETS = {"nequip": ("128x0+64x1+32x2", 0.65), "mace": ("64x0+32x1+16x2", 0.0)}
-"""By family: channels to keep and share of the paths to cut where nothing is asked for.
+DEFAULT_TARGETS = {
+    "nequip": (("128x0+64x1+32x2", 0.65), ("64x0+32x1+16x2", 0.35)),
+    "mace": (("64x0+32x1+16x2", 0.0),),
+}
+"""By family: channels to keep and share of the paths to cut where nothing is asked for, best guess first.
 
 Convolutions take most of the time of NequIP's family, so that paths go and channels stay; in MACE it is the
-products, whose work grows with the channels."""
+products, whose work grows with the channels.  Whether many channels with few paths learn better, or fewer
+channels with more paths, depends on the material (benchmarks/results/paths.md)."""
 
 IMPORTANCE_ATOMS = 800
 """Importance is averaged over structures of about this many atoms: more do not change the ranking."""
@@ -243,7 +247,7 @@ def _resized(result: Compressed, num_basis: int, start: BasisStart, seed: int) -
 
 def default_target(spec: ModelSpec) -> tuple[str, float]:
     """Channels to keep and share of the paths to cut where nothing is asked for."""
-    return DEFAULT_TARGETS[spec.family]
+    return DEFAULT_TARGETS[spec.family][0]
 
 
 def some_structures(graphs: Sequence[GraphBatch], seed: int) -> list[GraphBatch]:

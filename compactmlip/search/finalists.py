@@ -40,7 +40,7 @@ class FinalistsFile:
 
     def __init__(self, path: Path, options: SearchOptions, candidates: int) -> None:
         self.path = path
-        self.key = [candidates, options.finalists, options.distil_minutes]
+        self.key = [candidates, options.num_finalists, options.distil_minutes]
 
     def load(self) -> list[Finalist] | None:
         """What was saved, unless for other candidates or options."""
@@ -130,9 +130,9 @@ class Finals:
         left = list(ranked)
         found: list[Finalist] = []
         for _ in range(2):
-            lot = left[: self.options.finalists]
+            lot = left[: self.options.num_finalists]
             if self.options.distil_minutes is not None:
-                lot = to_train(left, self.options.finalists)
+                lot = to_train(left, self.options.num_finalists)
             if not lot:
                 break
             new = self._measured(lot)

@@ -40,8 +40,10 @@ class Trained:
         return self.result.errors.forces.mae
 
 
-LARGEST_LAG = 1.6
-"""Error after compensation, over the best one, with which the best of a kind is still trained."""
+LARGEST_LAG = 2.5
+"""Error after compensation, over the best one, with which the best of a kind is still trained.
+
+For silicon, uniform plans with 1.7 times the error of the best one learned as well as any."""
 
 
 def to_train(ranked: Sequence[Candidate], number: int) -> list[Candidate]:

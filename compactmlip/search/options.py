@@ -32,7 +32,11 @@ class SearchOptions(BaseModel):
     splits: int = Field(3, ge=1, description="divisions of the structures that errors are means over")
     workers: int = Field(1, ge=1, description="processes that evaluate candidates, with one thread each")
     damping: float = Field(1.0, gt=0, description="factor on the penalties of the refits")
-    finalists: int = Field(4, ge=1, description="plans whose speed is measured again in the end")
+    finalists: int | None = Field(
+        None,
+        ge=1,
+        description="plans whose speed is measured again in the end; by default 4, or 8 if they are trained",
+    )
     repeats: int = Field(5, ge=1, description="timed calculations of each model; medians count")
     distil_minutes: float | None = Field(None, gt=0, description="time to train the finalists")
     seed: int = Field(0, ge=0)
@@ -68,6 +72,17 @@ class SearchOptions(BaseModel):
     def factor(self) -> float | None:
         """The wanted speed-up."""
         return None if self.speedup is None else float(self.speedup.rstrip("x"))
+
+    @property
+    def num_finalists(self) -> int:
+        """How many plans are measured again, and trained where that was asked for.
+
+        A short training tells kinds of plans apart that look the same before it, so that it pays to train
+        more of them than could be trained for long.
+        """
+        if self.finalists is not None:
+            return self.finalists
+        return 4 if self.distil_minutes is None else 8
 
     @property
     def memory_limit(self) -> float | None:

@@ -292,7 +292,7 @@ class _Search:
         ranked = self._ranked(candidates)
         best = ranked[: self.options.checked]
         if self.options.distil_minutes is not None:
-            best += [c for c in to_train(ranked, self.options.finalists) if c not in best]
+            best += [c for c in to_train(ranked, self.options.num_finalists) if c not in best]
         left = sum(self.options.splits - len(c.divisions) for c in best)
         with Track("check", max(left, 1), "plans", enabled=self.progress) as track:
             return self._ranked(workers.completed(best, track.advance))

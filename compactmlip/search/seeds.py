@@ -20,7 +20,7 @@ TAPERED = ("128x0+64x1", "128x0+64x1+32x2")
 
 TAPERS = (0.3, 3.0)
 
-PATHS_FIRST = (1.0, 1.5)
+PATHS_FIRST = (1.0, 1.5, 2.0)
 """Loads that plans with all channels are brought to by cutting paths; cutting channels does the rest."""
 
 
