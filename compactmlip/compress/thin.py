@@ -1,8 +1,8 @@
 """Cut single paths of the tensor products: those first that are worth least for the work that they take.
 
 Each path of a convolution couples one order of the neighbours' features with one of the harmonics of an edge.
-In deployed SevenNet models paths take most of the time, and most of them add little to the accuracy.  Whether a
-model that keeps its channels and loses paths learns better than one of the same speed with fewer channels
+In deployed SevenNet models paths take most of the time, and most of them add little to the accuracy.  Whether
+a model that keeps its channels and loses paths learns better than one of the same speed with fewer channels
 depends on the material; MACE models had better lose channels (benchmarks/results/paths.md).
 """
 
