@@ -102,3 +102,9 @@ def test_finalists_that_are_far_too_slow_are_left(space: Space) -> None:
     goal = Goal(SearchOptions(speedup="4x", force_mae=5.0))
     assert not goal.is_met(slow.candidate, slow.speedup)
     assert goal.violation(slow) == pytest.approx(math.log(4 / slow.speedup) + math.log(2.0))
+
+
+def test_more_finalists_where_they_are_trained() -> None:
+    assert SearchOptions(speedup="4x").num_finalists == 4
+    assert SearchOptions(speedup="4x", distil_minutes=1.0).num_finalists == 8
+    assert SearchOptions(speedup="4x", distil_minutes=1.0, finalists=3).num_finalists == 3
