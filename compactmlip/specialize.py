@@ -50,7 +50,7 @@ CANDIDATES = "candidates"
 SHORTEST_TRAINING = 0.5
 """Minutes of training that are done even when the budget is used up."""
 
-TRIAL_SHARE, SHORTEST_TRIAL = 0.12, 0.2
+TRIAL_SHARE, SHORTEST_TRIAL = 0.09, 0.2
 """Share of the time for training that each candidate gets before one is chosen; minutes below which the first
 one is taken."""
 
@@ -246,7 +246,7 @@ class _Run:
     def distil(self) -> dict[str, Any]:
         """Train for the time that is left."""
         minutes = self._minutes("distil")
-        start = "started" if (self.folder / "started.safetensors").is_file() else "compensated"
+        start = "started" if self.folder.record["results"]["choose"]["forces_mae"] else "compensated"
         result = self._trained(start, minutes, "distil")
         checkpoint.save(result.model, self.folder / "distilled.safetensors")
         return {

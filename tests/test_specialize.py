@@ -193,12 +193,11 @@ def test_the_candidate_that_learns_best_goes_on(
     run = module._Run(folder, options, _MGO, False)
     for name in ("teacher", "sample", "label", "prune"):
         folder.step(name, getattr(run, name))
-    trainings: list[tuple[float, Path]] = []
+    trainings: list[tuple[float, dict[str, Any]]] = []
 
     def trained(student: nn.Module, *args: Any, **given: Any) -> Any:
         result = module_distil(student, *args, **given)
-        _, _, settings, out, _ = args
-        trainings.append((settings.max_minutes, out))
+        trainings.append((args[2].max_minutes, student.state_dict()))
         if len(trainings) == better + 1:
             result.history[-1]["valid_loss"] = 0.0
         return result
@@ -214,7 +213,9 @@ def test_the_candidate_that_learns_best_goes_on(
     ]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[1])
     folder.step("distil", run.distil)
-    assert [minutes for minutes, _ in trainings[:2]] == pytest.approx([0.12 * trainings[2][0]] * 2, rel=0.2)
+    assert all(torch.equal(trainings[2][1][name], weights[0][name]) for name in weights[0])
+    wanted = [module.TRIAL_SHARE * trainings[2][0]] * 2
+    assert [minutes for minutes, _ in trainings[:2]] == pytest.approx(wanted, rel=0.2)
     assert checkpoint.read_spec(tmp_path / "distilled.safetensors").architecture == kept.architecture
     assert "chosen among force errors of" in run._stage("distilled", "distilled").note
     assert "chosen" not in run._stage("pruned", "pruned").note
