@@ -22,6 +22,7 @@ from compactmlip.compress.compress import DEFAULT_TARGETS, checked_targets, comp
 from compactmlip.compress.cost import Budget
 from compactmlip.compress.plan_file import Plan
 from compactmlip.compress.scores_file import save_scores
+from compactmlip.compress.tapped import Scores
 from compactmlip.data.graph import GraphBatch, build_graph
 from compactmlip.data.label import label
 from compactmlip.data.read import read_labelled, read_structures, write_labelled
@@ -148,12 +149,14 @@ class _Run:
         graphs = [build_graph(a, model_spec(teacher), model_dtype(teacher)) for a in frames]
         (self.folder / CANDIDATES).mkdir(exist_ok=True)
         targets = self._targets(teacher, graphs)
+        scores: Scores | None = None
         for k, (target, cut_paths) in enumerate(targets):
             made = compress(
                 teacher,
                 graphs,
                 target,
                 cut_paths=cut_paths,
+                scores=scores,
                 with_compensation=self.options.compensate,
                 seed=self.options.seed,
                 progress=self.progress,
@@ -161,9 +164,10 @@ class _Run:
             )
             checkpoint.save(made.sliced, self.folder / CANDIDATES / f"pruned-{k}.safetensors")
             checkpoint.save(made.model, self.folder / CANDIDATES / f"compensated-{k}.safetensors")
-            if k == 0 and made.scores:
+            if scores is None:
+                scores = made.scores
                 criterion = target.importance if isinstance(target, Plan) else "taylor"
-                save_scores(self.folder / SCORES, made.scores, teacher, criterion=criterion)
+                save_scores(self.folder / SCORES, scores, teacher, criterion=criterion)
         return {"candidates": len(targets)}
 
     def choose(self) -> dict[str, Any]:
