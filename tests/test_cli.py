@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -74,6 +75,9 @@ def test_info_of_a_checkpoint(
         "MIT",
     ):
         assert word in out, word
+    architecture = read_spec(folder / "teacher.safetensors").architecture
+    for t, layer in enumerate(architecture["layers"]):
+        assert re.search(rf"layer {t}: \S+, {len(layer['paths'])} paths", out)
 
 
 def test_compile_says_what_the_precision_costs(
