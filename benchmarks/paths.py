@@ -17,7 +17,7 @@ import sys
 import time
 from argparse import Namespace
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +35,7 @@ from compactmlip.data.read import read_labelled, read_structures
 from compactmlip.models import model_dtype, model_spec, num_parameters
 from compactmlip.search.space import Space
 from compactmlip.search.speed import Latency, Stopwatch
-from compactmlip.search.within import plan_within
+from compactmlip.search.within import First, Planner
 from compactmlip.train.dataset import Dataset
 from compactmlip.train.distil import DistilOptions, distil
 from compactmlip.train.metrics import evaluate
@@ -93,16 +93,15 @@ class Bench:
             if kind == "uniform":
                 plan = self.uniform(float(speedup.rstrip("x")))
             else:
-                plan, _ = plan_within(
-                    f"latency={speedup}",
-                    self.teacher,
-                    self.graphs,
-                    Plan(layers=("1x0",)),
-                    first="channels" if kind == "ranked" else "paths",
-                    to=self.given.narrow if kind == "both" else None,
+                plan = self.planner(speedup, "channels" if kind == "ranked" else "paths").plan(
+                    self.given.narrow if kind == "both" else None
                 )
             plan.save(path)
         return Plan.load(path)
+
+    @cache  # noqa: B019 - one bench lives as long as the program
+    def planner(self, speedup: str, first: First) -> Planner:
+        return Planner(f"latency={speedup}", self.teacher, self.graphs, Plan(layers=("1x0",)), first=first)
 
     @cached_property
     def latency(self) -> Latency:

@@ -150,7 +150,7 @@ def prune(
     from compactmlip.compress.plan_file import Plan
     from compactmlip.data.read import read_structures
     from compactmlip.models import model_spec, num_parameters
-    from compactmlip.search.within import plan_within
+    from compactmlip.search.within import Planner
 
     path = output or Path("pruned.safetensors")
     checkpoint.check_name(path)
@@ -178,18 +178,18 @@ def prune(
         target = target if scores is None else target.model_copy(update={"importance": importance})
     elif budget is not None:
         template = Plan(layers=("1x0",), importance=importance, **options)
-        target, scores = plan_within(
+        planner = Planner(
             budget,
             teacher,
             graphs,
             template,
-            to=to,
             first=first,
             scores=scores,
             round_to=round_to,
             seed=seed,
             progress=not as_json,
         )
+        target, scores = planner.plan(to), planner.known
         target.save(path.with_suffix(".plan.json"))
     made = compress(
         teacher,

@@ -33,7 +33,7 @@ from compactmlip.deploy.compile import compile_model, default_backend
 from compactmlip.errors import InputError
 from compactmlip.families import load_model
 from compactmlip.models import model_dtype, model_spec, num_parameters
-from compactmlip.search.within import cuts_paths, plan_within
+from compactmlip.search.within import Planner, cuts_paths
 from compactmlip.specialize_folder import Folder
 from compactmlip.specialize_options import PARTS, VALIDATION_SHARE, SpecializeOptions, with_budgets
 from compactmlip.train.dataset import Dataset
@@ -201,17 +201,17 @@ class _Run:
             return [(self.options.plan, 0.0)]
         if self.options.budget is None:
             return list(self._shares(teacher))
+        planner = Planner(
+            self.options.budget,
+            teacher,
+            graphs,
+            Plan(layers=("1x0",), **self._parts()),
+            seed=self.options.seed,
+            progress=self.progress,
+        )
         plans: list[tuple[str | Plan, float]] = []
         for to in self._starts(teacher):
-            plan, _ = plan_within(
-                self.options.budget,
-                teacher,
-                graphs,
-                Plan(layers=("1x0",), **self._parts()),
-                to=to,
-                seed=self.options.seed,
-                progress=self.progress,
-            )
+            plan = planner.plan(to)
             plan.save(self.folder / CANDIDATES / f"plan-{len(plans)}.json")
             plans.append((plan, 0.0))
         return plans

@@ -1,8 +1,9 @@
-"""A plan within a budget at once, without a search."""
+"""Plans within a budget at once, without a search."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Literal
 
 from torch import nn
@@ -35,20 +36,8 @@ OVER = (1.0, 1.5, 2.0, 3.0, 5.0, 10.0)
 """Costs over the bound that cutting paths is tried to reach, in turn; fewer channels do the rest."""
 
 
-def plan_within(
-    budget: str,
-    teacher: nn.Module,
-    graphs: Sequence[GraphBatch],
-    template: Plan,
-    *,
-    to: str | None = None,
-    first: First | None = None,
-    scores: Scores | None = None,
-    round_to: int = 8,
-    seed: int = 0,
-    progress: bool = False,
-) -> tuple[Plan, Scores | None]:
-    """Plan within a budget, and the scores that it was made from, if it was.
+class Planner:
+    """Makes plans within one budget; speeds and importances are measured once for all of them.
 
     Parameters
     ----------
@@ -59,9 +48,7 @@ def plan_within(
     graphs
         Calibration structures.
     template
-        Options of the plan; its layers are ignored.
-    to
-        Channels to begin with where paths are cut first; all by default.
+        Options of the plans; its layers are ignored.
     first
         "paths" cuts paths of the tensor products, those first that are worth least for what they cost, and
         thins out channels only where that is not enough; "channels" takes channels away by a ranking of all.
@@ -73,38 +60,110 @@ def plan_within(
     seed, progress
         As elsewhere.
 
+    Attributes
+    ----------
+    known
+        Importance of the channels, once it was needed.
+
     Raises
     ------
     InputError
-        If the budget cannot be read or met, or ``to`` is given where channels are ranked.
+        If the budget cannot be read.
     """
-    bound = Budget.parse(budget)
-    by_paths = cuts_paths(bound, model_spec(teacher), to, first)
-    shapes, setting = Shapes(teacher), Setting.of(graphs)
-    latency = None
-    if bound.kind == "latency":
-        latency = Latency(teacher, graphs, shapes, setting, seed=seed, progress=progress)
-    cost = cost_of(bound.kind, shapes, setting, latency)
-    whole = latency.uncut if latency else cost(Plan.of(full_channels(shapes), odd_paths=True))
-    limit = bound.bound(whole)
-    used = some_structures(graphs, seed)
-    options = {name: getattr(template, name) for name in ("odd_paths", "radial_hidden", "readout_hidden")}
-    space = Space(shapes, round_to, (template.importance,), **options)
-    worth = path_importance(teacher, used, progress=progress) if by_paths else {}
-    if scores is None and not by_paths:
-        scores = importance(teacher, used, template.importance, seed=seed, progress=progress)
 
-    def made() -> Plan:
-        if by_paths:
-            return _paths_first(space, worth, cost, limit, template.edge_order, to)
-        assert scores is not None
-        ranked = allocate(shapes, scores, cost, limit, round_to=round_to, template=template)
-        # The last block may have taken an order, and much of the cost: the others get what is left over.
-        return space.scaled(ranked, lambda plan: cost(plan) / limit) or ranked
+    def __init__(
+        self,
+        budget: str,
+        teacher: nn.Module,
+        graphs: Sequence[GraphBatch],
+        template: Plan,
+        *,
+        first: First | None = None,
+        scores: Scores | None = None,
+        round_to: int = 8,
+        seed: int = 0,
+        progress: bool = False,
+    ) -> None:
+        self.budget, self.bound = budget, Budget.parse(budget)
+        self.teacher, self.graphs, self.template = teacher, graphs, template
+        self.first, self.round_to, self.seed, self.progress = first, round_to, seed, progress
+        self.known = scores
+        self.shapes, self.setting = Shapes(teacher), Setting.of(graphs)
+        options = {name: getattr(template, name) for name in ("odd_paths", "radial_hidden", "readout_hidden")}
+        self.space = Space(self.shapes, round_to, (template.importance,), **options)
 
-    plan = latency.settled(made) if latency else made()
-    made_by = {"budget": budget, "round_to": round_to, "cost": cost(plan), "cost_uncut": whole}
-    return plan.model_copy(update={"made_by": made_by}), scores
+    def plan(self, to: str | None = None) -> Plan:
+        """Plan within the budget.
+
+        Parameters
+        ----------
+        to
+            Channels to begin with where paths are cut first; all by default.
+
+        Raises
+        ------
+        InputError
+            If the budget cannot be met, or ``to`` is given where channels are ranked.
+        """
+        by_paths = cuts_paths(self.bound, model_spec(self.teacher), to, self.first)
+        limit = self.bound.bound(self.whole)
+
+        def made() -> Plan:
+            if by_paths:
+                return _paths_first(self.space, self.worth, self.cost, limit, self.template.edge_order, to)
+            ranked = allocate(
+                self.shapes, self.scores, self.cost, limit, round_to=self.round_to, template=self.template
+            )
+            # The last block may have taken an order, and much of the cost: the others get what is left over.
+            return self.space.scaled(ranked, lambda plan: self.cost(plan) / limit) or ranked
+
+        plan = self.latency.settled(made) if self.latency else made()
+        made_by = {
+            "budget": self.budget,
+            "round_to": self.round_to,
+            "cost": self.cost(plan),
+            "cost_uncut": self.whole,
+        }
+        return plan.model_copy(update={"made_by": made_by})
+
+    @cached_property
+    def latency(self) -> Latency | None:
+        """Speeds on this machine, where the budget is one."""
+        if self.bound.kind != "latency":
+            return None
+        return Latency(
+            self.teacher, self.graphs, self.shapes, self.setting, seed=self.seed, progress=self.progress
+        )
+
+    @cached_property
+    def cost(self) -> Cost:
+        """What the budget bounds."""
+        return cost_of(self.bound.kind, self.shapes, self.setting, self.latency)
+
+    @cached_property
+    def whole(self) -> float:
+        """Cost of the uncut model."""
+        if self.latency:
+            return self.latency.uncut
+        return self.cost(Plan.of(full_channels(self.shapes), odd_paths=True))
+
+    @cached_property
+    def worth(self) -> dict[str, float]:
+        """Importance of the paths."""
+        return path_importance(self.teacher, self._used, progress=self.progress)
+
+    @property
+    def scores(self) -> Scores:
+        """Importance of the channels; afterwards it is ``known``."""
+        if self.known is None:
+            self.known = importance(
+                self.teacher, self._used, self.template.importance, seed=self.seed, progress=self.progress
+            )
+        return self.known
+
+    @property
+    def _used(self) -> list[GraphBatch]:
+        return some_structures(self.graphs, self.seed)
 
 
 def cuts_paths(budget: Budget, spec: ModelSpec, to: str | None, first: First | None = None) -> bool:
@@ -113,7 +172,7 @@ def cuts_paths(budget: Budget, spec: ModelSpec, to: str | None, first: First | N
     Parameters
     ----------
     budget, to, first
-        As of :func:`plan_within`.
+        As of :class:`Planner`.
     spec
         Of the model to cut.
 

@@ -17,7 +17,7 @@ from compactmlip.data.graph import GraphBatch, build_graph
 from compactmlip.errors import InputError
 from compactmlip.models import model_spec, work
 from compactmlip.search.speed import Stopwatch
-from compactmlip.search.within import plan_within
+from compactmlip.search.within import Planner
 
 TEMPLATE = Plan(layers=("1x0",))
 
@@ -41,8 +41,10 @@ def _cost(teacher: nn.Module, graphs: list[GraphBatch]) -> Callable[[Plan], floa
     return multiply_adds(Shapes(teacher), Setting.of(graphs))
 
 
-def _within(budget: str, teacher: nn.Module, graphs: list[GraphBatch], **options: Any) -> Plan:
-    return plan_within(budget, teacher, graphs, TEMPLATE, round_to=2, **options)[0]
+def _within(
+    budget: str, teacher: nn.Module, graphs: list[GraphBatch], to: str | None = None, **options: Any
+) -> Plan:
+    return Planner(budget, teacher, graphs, TEMPLATE, round_to=2, **options).plan(to)
 
 
 def test_multiply_adds_are_saved_on_paths(teacher: nn.Module, graphs: list[GraphBatch]) -> None:
@@ -94,6 +96,22 @@ def test_plans_for_a_latency_are_measured(
     assert plan.made_by["cost_uncut"] == pytest.approx(1e-3)
     assert plan.made_by["cost"] == pytest.approx(1e-3 * 1.5 * cost(plan) / uncut, rel=0.03)
     assert 0.15 * uncut < 1.5 * cost(plan) <= 0.255 * uncut
+
+
+def test_what_is_measured_serves_several_plans(
+    teacher: nn.Module, graphs: list[GraphBatch], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planner = Planner("flops=50%", teacher, graphs, TEMPLATE, round_to=2)
+    all_orders = planner.plan()
+    assert planner.known is None, "cutting paths needs no ranking of channels"
+    monkeypatch.setattr("compactmlip.search.within.path_importance", lambda *_, **__: pytest.fail("again"))
+    fewer = planner.plan("16x0+8x1")
+    assert fewer != all_orders
+    monkeypatch.undo()
+    assert fewer == _within("flops=50%", teacher, graphs, to="16x0+8x1")
+    by_channels = Planner("flops=50%", teacher, graphs, TEMPLATE, first="channels", round_to=2)
+    by_channels.plan()
+    assert by_channels.known is not None
 
 
 def test_mace_models_lose_channels() -> None:
