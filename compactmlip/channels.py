@@ -59,6 +59,13 @@ def is_path(name: str) -> bool:
     return ".path/" in name
 
 
+def parse_path(name: str) -> tuple[int, tuple[int, int, int]]:
+    """Layer and (l1, l2, l3) of a group that stands for a path; inverse of :func:`path_group`."""
+    layer, _, path = name.removeprefix("layers.").partition(".path/")
+    l1, l2, l3 = map(int, path.split("-"))
+    return int(layer), (l1, l2, l3)
+
+
 @dataclass(frozen=True)
 class Slot:
     """Where a group's channels live in one parameter.

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from compactmlip.channels import is_path
+from compactmlip.channels import is_path, parse_path
 from compactmlip.compress.cost import Cost, Setting, Shapes
 from compactmlip.compress.plan_file import Plan
 from compactmlip.errors import InputError
@@ -54,11 +54,7 @@ def tidied(shapes: Shapes, plan: Plan) -> Plan:
         layers.append(tuple(int(masks[name].sum()) if name in masks else 0 for name in names))
     made = plan.model_copy(update={"layers": Plan.of(layers).layers, "without_paths": ()})
     if any(name.startswith(HARMONICS) for name in masks):
-        used = [
-            int(name.rpartition("/")[2].split("-")[1])
-            for name in masks
-            if is_path(name) and masks[name].all()
-        ]
+        used = [parse_path(name)[1][1] for name in masks if is_path(name) and masks[name].all()]
         made = made.model_copy(update={"edge_order": max(used)})
     made = without_paths(made, [name for name in kept_paths(shapes, made) if name in plan.without_paths])
     after = shapes.graph.complete(shapes.masks(made))

@@ -1,4 +1,4 @@
-"""Neighbours of a plan at the same budget: a few blocks of channels, or single paths, make way for others."""
+"""Neighbours of a plan at the same budget: blocks of channels or single paths make way for others."""
 
 from __future__ import annotations
 
@@ -9,12 +9,16 @@ import numpy as np
 from compactmlip.compress.plan_file import Plan
 from compactmlip.compress.thin import kept_paths
 from compactmlip.search.space import CRITERION, Space
+from compactmlip.search.swap import Load, swapped
 
 OTHER_CRITERION = 0.15
 """Probability that other channels are kept instead, and not other numbers of them."""
 
+SWAP = 0.5
+"""Probability that paths of the tensor products make way for other paths, where some are cut."""
+
 PATHS = 0.5
-"""Probability that paths of the tensor products change, and channels only to restore the load."""
+"""Otherwise, the probability that paths change, and channels to restore the load."""
 
 FEWER_PATHS = 0.75
 """Probability that a path goes, where there are some to bring back."""
@@ -25,16 +29,14 @@ FEW = 0.6
 STEPS = 12
 """Exchanges that lead to a plan of the same kind as those of a search, but like none of them."""
 
-Load = Callable[[Plan], float]
-
 
 def exchanged(space: Space, plan: Plan, load: Load, rng: np.random.Generator) -> Plan | None:
     """The plan with a few changes that cost, others that pay for them, and what is left over spent.
 
-    Either more channels go to one random place, and fewer to others; or paths of the tensor products go,
-    which frees time for channels, or come back.  Proposals of this kind change two or three numbers of a good
-    plan, which a model of all variables cannot do before it has seen several times as many plans as there
-    are variables.
+    Paths of the tensor products come back and others go; or more channels go to one random place, and fewer
+    to others; or paths go, which frees time for channels, or come back.  Proposals of this kind change two or
+    three numbers of a good plan, which a model of all variables cannot do before it has seen several times as
+    many plans as there are variables.
 
     Parameters
     ----------
@@ -52,6 +54,8 @@ def exchanged(space: Space, plan: Plan, load: Load, rng: np.random.Generator) ->
     Plan or None
         With a load of at most one; None where nothing else can shrink enough.
     """
+    if plan.without_paths and rng.random() < SWAP:
+        return swapped(space, plan, load, rng)
     blocks, cut = space.blocks(plan), plan.without_paths
     if CRITERION in blocks:
         others = [k for k in range(len(space.criteria)) if k != blocks[CRITERION]]

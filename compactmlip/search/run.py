@@ -114,7 +114,12 @@ class _Search:
         self.memory = memory_cost(self.shapes, self.setting)
         self.scores, self.path_scores = self._scores(), self._path_scores()
         self.space = Space(
-            self.shapes, options.round_to, options.criteria, self.scores, odd_paths=options.odd_paths
+            self.shapes,
+            options.round_to,
+            options.criteria,
+            self.scores,
+            self.path_scores,
+            odd_paths=options.odd_paths,
         )
         self.speed = self._speed()
 
@@ -214,7 +219,8 @@ class _Search:
         return scores
 
     def _path_scores(self) -> dict[str, float]:
-        return path_importance(self.teacher, self._calibration, progress=self.progress)
+        # More structures than channels need: with many species few of them say too little about a path.
+        return path_importance(self.teacher, self._graphs(self.frames.fit), progress=self.progress)
 
     @cached_property
     def _calibration(self) -> list[GraphBatch]:

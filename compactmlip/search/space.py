@@ -42,6 +42,8 @@ class Space:
         Names of the criteria that may rank channels.
     scores
         What they say of the model's channels; without it no two criteria are taken to keep the same ones.
+    worth
+        Importance of the paths of the tensor products; without it all are taken to matter as much.
     options
         Options that all plans share.
     """
@@ -52,10 +54,11 @@ class Space:
         round_to: int,
         criteria: Sequence[str] = ("taylor",),
         scores: Mapping[str, Scores] | None = None,
+        worth: Mapping[str, float] | None = None,
         **options: object,
     ) -> None:
         self.shapes, self.round_to, self.criteria, self.options = shapes, round_to, tuple(criteria), options
-        self.scores = scores or {}
+        self.scores, self.worth = scores or {}, worth or {}
         self.full = full_channels(shapes)
         self._effects: dict[str, str] = {}
         edges = [name for name in shapes.graph.groups if name.startswith(HARMONICS)]
@@ -91,8 +94,7 @@ class Space:
         for t, channels in enumerate(self.full):
             sizes = []
             for l, size in enumerate(channels):
-                count = int(blocks.get(name_of(t, l), 0) + 0.5)
-                sizes.append(min(size, self.round_to * (max(1, count) if l == 0 else count)))
+                sizes.append(self._size(blocks.get(name_of(t, l), 0), size, 1 if l == 0 else 0))
             layers.append(_trimmed(sizes))
         edge = None
         if self.edge_orders is not None:
@@ -100,6 +102,14 @@ class Space:
         criterion = self.criteria[int(blocks.get(CRITERION, 0))]
         cut = tuple(without_paths)
         return Plan.of(layers, edge_order=edge, importance=criterion, without_paths=cut, **self.options)
+
+    def _size(self, blocks: float, most: int, fewest_blocks: int) -> int:
+        """Channels of a (rounded) number of blocks."""
+        return min(most, self.round_to * max(fewest_blocks, int(blocks + 0.5)))
+
+    def rounded(self, channels: float, most: int) -> int:
+        """Whole blocks of about so many channels, at least one."""
+        return self._size(channels / self.round_to, most, 1) if most else 0
 
     def blocks(self, plan: Plan) -> dict[str, int]:
         """Variables of a plan, but for its paths."""
