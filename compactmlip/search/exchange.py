@@ -15,7 +15,8 @@ OTHER_CRITERION = 0.15
 """Probability that other channels are kept instead, and not other numbers of them."""
 
 SWAP = 0.5
-"""Probability that paths of the tensor products make way for other paths, where some are cut."""
+"""Probability that paths of the tensor products make way for other paths, in families where that pays or for
+plans that cut some."""
 
 PATHS = 0.5
 """Otherwise, the probability that paths change, and channels to restore the load."""
@@ -54,8 +55,10 @@ def exchanged(space: Space, plan: Plan, load: Load, rng: np.random.Generator) ->
     Plan or None
         With a load of at most one; None where nothing else can shrink enough.
     """
-    if plan.without_paths and rng.random() < SWAP:
-        return swapped(space, plan, load, rng)
+    if (space.prefers_paths or plan.without_paths) and rng.random() < SWAP:
+        other = swapped(space, plan, load, rng)
+        if other is not None:
+            return other
     blocks, cut = space.blocks(plan), plan.without_paths
     if CRITERION in blocks:
         others = [k for k in range(len(space.criteria)) if k != blocks[CRITERION]]

@@ -9,6 +9,7 @@ from optuna.distributions import BaseDistribution, IntDistribution
 
 from compactmlip.channels import Channels
 from compactmlip.compress.allocate import full_channels
+from compactmlip.compress.compress import DEFAULT_TARGETS
 from compactmlip.compress.cost import Shapes
 from compactmlip.compress.plan_file import Plan
 from compactmlip.compress.tapped import Scores
@@ -64,6 +65,11 @@ class Space:
         edges = [name for name in shapes.graph.groups if name.startswith(HARMONICS)]
         self.edge_orders = len(edges) - 1 if edges else None
         self.paths = cuttable_paths(shapes)
+
+    @property
+    def prefers_paths(self) -> bool:
+        """Whether cutting paths pays in models of this family."""
+        return any(share > 0 for _, share in DEFAULT_TARGETS[self.shapes.spec.family])
 
     @property
     def bounds(self) -> dict[str, tuple[int, int]]:

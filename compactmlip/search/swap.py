@@ -47,10 +47,12 @@ def swapped(space: Space, plan: Plan, load: Load, rng: np.random.Generator) -> P
     Returns
     -------
     Plan or None
-        With a load of at most one; None where no other paths can go.
+        With a load of at most one; None where no path is cut, or no others can go.
     """
     plan = opened(space, plan)
     cut, kept = list(plan.without_paths), kept_paths(space.shapes, plan)
+    if not cut:
+        return None
     back: list[str] = []
     for name in _drawn(space, cut, BIAS, rng)[: int(rng.geometric(FEW))]:
         back += [path for path in _with_partners(space, name, cut, kept, rng) if path not in back]
