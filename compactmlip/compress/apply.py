@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from compactmlip import models
 from compactmlip.channels import Mask
 from compactmlip.errors import InputError, unknown_species_error
 from compactmlip.models import build, cast, channel_graph, model_device, model_dtype, model_spec, pruned_spec
@@ -40,6 +41,26 @@ def prune(model: nn.Module, masks: Mapping[str, Mask]) -> nn.Module:
     kept = graph.kept_indices(complete)
     smaller.load_state_dict({name: _take(old[name], kept[name]) for name in new})
     return smaller.to(model_device(model)).train(model.training)
+
+
+def with_layer_cutoffs(model: nn.Module, cutoffs: Sequence[float | None]) -> nn.Module:
+    """Return the model with layers that see neighbours up to cutoffs of their own, and nothing beyond.
+
+    Parameters
+    ----------
+    model
+        A native model; it is not changed.
+    cutoffs
+        One for each layer, in Angstrom; None for the model's.
+
+    Raises
+    ------
+    InputError
+        As :func:`compactmlip.models.with_layer_cutoffs`.
+    """
+    made = cast(build(models.with_layer_cutoffs(model_spec(model), cutoffs)), model_dtype(model))
+    made.load_state_dict(model.state_dict())
+    return made.to(model_device(model)).train(model.training)
 
 
 def keep_species(model: nn.Module, symbols: Iterable[str]) -> nn.Module:

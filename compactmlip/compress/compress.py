@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from compactmlip.compress.apply import prune
+from compactmlip.compress.apply import prune, with_layer_cutoffs
 from compactmlip.compress.compensate import Compensation, compensate
 from compactmlip.compress.cost import Setting, Shapes
 from compactmlip.compress.importance import importance
@@ -97,7 +97,7 @@ def compress(
         Channels per order: ``"64x0+32x1"`` for all layers, or one per layer separated by commas.  None keeps
         the channels, which makes sense with ``layers`` or ``num_basis`` only.  Or a plan, which replaces
         ``radial_hidden``, ``readout_hidden``, ``odd_paths``, ``edge_order``, ``cut_paths`` and ``criterion``
-        and may name single paths to cut.
+        and may name single paths to cut and shorter cutoffs of layers.
     layers
         Number of layers to keep; the others are cut first (:func:`compactmlip.compress.reshape.cut_layers`).
     radial_hidden, readout_hidden
@@ -140,10 +140,12 @@ def compress(
     if layers is not None:
         teacher = cut_layers(teacher, layers, graphs=graphs)
     result = Compressed(teacher, None, {})
+    cutoffs: Sequence[float | None] | None = None
     if target is not None:
         options: dict[str, Any] = {"radial_hidden": radial_hidden, "readout_hidden": readout_hidden}
         options |= {"odd_paths": odd_paths, "edge_order": edge_order}
         if isinstance(target, Plan):
+            cutoffs = target.cutoffs
             criterion, options, target = target.importance, target.options, target.target
         elif cut_paths:
             thin = thin_plan(teacher, graphs, target, cut_paths, seed=seed, progress=progress, **options)
@@ -154,7 +156,8 @@ def compress(
                 teacher, some_structures(graphs, seed), criterion, seed=seed, progress=progress
             )
         masks = top_channels(model_spec(teacher), targets, scores)
-        result = Compressed(prune(teacher, masks), None, scores)
+        sliced = prune(teacher, masks)
+        result = Compressed(with_layer_cutoffs(sliced, cutoffs) if cutoffs else sliced, None, scores)
         done = {"target": target, "odd_paths": options["odd_paths"], "importance": criterion}
         done |= {"structures": len(graphs)}
         done |= {
@@ -162,6 +165,7 @@ def compress(
             for name in ("edge_order", "without_paths")
             if options.get(name) not in (None, ())
         }
+        done |= {"cutoffs": list(cutoffs)} if cutoffs else {}
         record_step(result.sliced, "prune", **done, **({"seed": seed} if criterion == "random" else {}))
         if with_compensation:
             refit = compensate(

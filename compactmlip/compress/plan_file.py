@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from compactmlip.channels import Channels, format_channels, parse_channels
 from compactmlip.checkpoint import atomic_write_text
@@ -29,6 +29,9 @@ class Plan(BaseModel):
     readout_hidden: int | None = Field(None, ge=1, description="units to keep in the readout")
     odd_paths: bool = Field(False, description="keep paths that break inversion symmetry")
     without_paths: tuple[str, ...] = Field((), description="single paths to cut, as layers.1.path/0-1-1")
+    cutoffs: tuple[float | None, ...] | None = Field(
+        None, description="of each layer in Angstrom; null, and by default, the model's"
+    )
     importance: str = Field("taylor", description="criterion that ranks channels")
     made_by: dict[str, Any] = Field(default_factory=dict, description="how the plan came about")
 
@@ -41,6 +44,12 @@ class Plan(BaseModel):
     @classmethod
     def _in_order(cls, names: tuple[str, ...]) -> tuple[str, ...]:
         return tuple(sorted(set(names)))
+
+    @model_validator(mode="after")
+    def _one_cutoff_for_each_layer(self) -> Plan:
+        if self.cutoffs is not None and len(self.cutoffs) != len(self.layers):
+            raise ValueError(f"{len(self.cutoffs)} cutoffs for {len(self.layers)} layers")
+        return self
 
     @classmethod
     def of(cls, channels: Sequence[Channels], **options: Any) -> Plan:
@@ -68,9 +77,21 @@ class Plan(BaseModel):
         """One line for people: the channels, and what else is cut."""
         edges = "" if self.edge_order is None else f", edges l <= {self.edge_order}"
         number = len(self.without_paths)
-        return f"{self.target}{edges}" + (
-            f", without {number} path{'s' if number > 1 else ''}" if number else ""
-        )
+        paths = f", without {number} path{'s' if number > 1 else ''}" if number else ""
+        return f"{self.target}{edges}{paths}{self._short}"
+
+    @property
+    def _short(self) -> str:
+        """The cutoffs, if there are any."""
+        if not self.shortens:
+            return ""
+        assert self.cutoffs is not None
+        return ", cutoffs " + " ".join("-" if c is None else f"{c:g}" for c in self.cutoffs)
+
+    @property
+    def shortens(self) -> bool:
+        """Whether a layer has a cutoff of its own."""
+        return self.cutoffs is not None and any(c is not None for c in self.cutoffs)
 
     @property
     def channels(self) -> tuple[Channels, ...]:

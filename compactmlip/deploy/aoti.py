@@ -22,6 +22,7 @@ from compactmlip.deploy.package import SMALLEST
 from compactmlip.errors import KernelError, UnsupportedFeatureError
 from compactmlip.kernels.compiler import find_compiler
 from compactmlip.models.linear import EquivariantLinear
+from compactmlip.models.nequip import NequIP
 
 SETTINGS = {
     # Otherwise the number of threads at compile time is part of the code.
@@ -57,7 +58,7 @@ def compile_package(model: nn.Module, example: GraphBatch) -> bytes:
     except KernelError as error:
         raise KernelError(f"--backend aoti: {error}. {OTHERWISE}") from error
     for module in model.modules():
-        if isinstance(module, EquivariantLinear):
+        if isinstance(module, EquivariantLinear | NequIP):
             module.static_shapes = True
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch warns of the deprecation of its own parts

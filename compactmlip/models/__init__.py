@@ -7,15 +7,16 @@ returns the energy of each atom; see :class:`compactmlip.models.nequip.NequIP`.
 from __future__ import annotations
 
 import importlib
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast as typing_cast
 
 import torch
 from torch import nn
 
-from compactmlip.errors import CheckpointError, did_you_mean
+from compactmlip.errors import CheckpointError, InputError, did_you_mean
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from compactmlip.channels import ChannelGraph, Channels, Mask
     from compactmlip.data.graph import GraphBatch
@@ -37,7 +38,10 @@ STAGES = {"mace": "compactmlip.models.mace_stages", "nequip": "compactmlip.model
 """Family name -> module with ``start(model, batch)`` and ``linear_stages(model)``."""
 
 WORK = {"mace": "compactmlip.models.mace_work", "nequip": "compactmlip.models.nequip_work"}
-"""Family name -> module with ``work(spec)``."""
+"""Family name -> module with ``work(spec, within)``."""
+
+LAYER_CUTOFFS = {"nequip": "compactmlip.models.nequip_cutoffs"}
+"""Family name -> module with ``with_layer_cutoffs(spec, cutoffs)``, where layers can have their own."""
 
 FLOAT64_BUFFERS = frozenset({"energy_scale", "energy_shift"})
 """Buffers that stay in float64 whatever the compute dtype: energies are summed in float64."""
@@ -139,9 +143,44 @@ def channel_rows(spec: ModelSpec) -> list[tuple[str, str]]:
     return typing_cast("list[tuple[str, str]]", _module(PLANS, spec).channel_rows(spec))
 
 
-def work(spec: ModelSpec) -> Work:
-    """Return what a deployed model of a spec has to compute and to keep."""
-    return typing_cast("Work", _module(WORK, spec).work(spec))
+def work(spec: ModelSpec, within: Callable[[float], float] | None = None) -> Work:
+    """Return what a deployed model of a spec has to compute and to keep.
+
+    ``within`` says which share of the neighbours is nearer than a distance (Angstrom); by default they are
+    spread evenly.
+    """
+    return typing_cast("Work", _module(WORK, spec).work(spec, within or partial(evenly, spec.cutoff)))
+
+
+def evenly(cutoff: float, distance: float) -> float:
+    """Share of neighbours up to a cutoff that are nearer than a distance, if they are spread evenly."""
+    return min(1.0, (distance / cutoff) ** 3)
+
+
+def with_layer_cutoffs(spec: ModelSpec, cutoffs: Sequence[float | None]) -> ModelSpec:
+    """Return the spec with another cutoff in each layer (Angstrom; None for the model's).
+
+    Raises
+    ------
+    InputError
+        If there is not one for each layer, one is not between zero and the model's, or the family's layers
+        have none.
+    """
+    if spec.family not in LAYER_CUTOFFS:
+        raise InputError(f"layers of models of family '{spec.family}' cannot have cutoffs of their own.")
+    if len(cutoffs) != spec.num_message_passing_layers:
+        raise InputError(
+            f"{len(cutoffs)} cutoffs of layers are given, but the model has "
+            f"{spec.num_message_passing_layers} layers."
+        )
+    for t, cutoff in enumerate(cutoffs):
+        if cutoff is not None and not 0 < cutoff <= spec.cutoff:
+            raise InputError(
+                f"layer {t}: the cutoff must be above 0 and at most the model's {spec.cutoff:g} Angstrom, "
+                f"not {cutoff:g}."
+            )
+    made = _module(LAYER_CUTOFFS, spec).with_layer_cutoffs(spec, cutoffs)
+    return typing_cast("ModelSpec", made)
 
 
 def start_state(model: nn.Module, batch: GraphBatch) -> Any:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +12,14 @@ from torch import Tensor, nn
 from compactmlip.kernels.ops import convolve
 from compactmlip.models.angular import wigner_3j
 from compactmlip.models.linear import NormedMLP, RadialMLP, Tap
+from compactmlip.models.radial import PolynomialEnvelope
 
 Path = tuple[int, int, int]
 """(l of the neighbour's feature, l of the spherical harmonic, l of the message)."""
+
+LAYER_ENVELOPE = PolynomialEnvelope(p=12)
+"""Takes messages to zero at a layer's own cutoff.  It is close to one until shortly before, so that what the
+layer has learned is of use, and has no kink, which tables would have to know of."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +36,8 @@ class Edges:
         (E, (lmax + 1)^2) spherical harmonics of the edge vectors.
     envelope
         (E, 1) cutoff envelope that multiplies the path weights, where the basis does not contain it.
+    within
+        Edges that layers with a shorter cutoff see, by that cutoff (Angstrom).
     """
 
     centers: Tensor
@@ -38,13 +45,40 @@ class Edges:
     basis: Tensor
     harmonics: Tensor
     envelope: Tensor | None = None
+    within: Mapping[float, Edges] = field(default_factory=dict)
 
     def to(self, dtype: torch.dtype) -> Edges:
         """Return a copy in another precision."""
-        envelope = None if self.envelope is None else self.envelope.to(dtype)
         return replace(
-            self, basis=self.basis.to(dtype), harmonics=self.harmonics.to(dtype), envelope=envelope
+            self,
+            basis=self.basis.to(dtype),
+            harmonics=self.harmonics.to(dtype),
+            envelope=None if self.envelope is None else self.envelope.to(dtype),
+            within={cutoff: edges.to(dtype) for cutoff, edges in self.within.items()},
         )
+
+    def shorter(self, lengths: Tensor, cutoff: float, *, static_shapes: bool = False) -> Edges:
+        """Edges below a cutoff, with the envelope that takes messages smoothly to zero there.
+
+        Parameters
+        ----------
+        lengths
+            Of all edges, (E,), in Angstrom.
+        cutoff
+            Angstrom.
+        static_shapes
+            Keep all edges, also those that contribute nothing, so that no shape depends on distances.
+        """
+        if static_shapes:
+            return replace(self, envelope=LAYER_ENVELOPE.evaluate(lengths, cutoff).unsqueeze(-1))
+        kept = (lengths < cutoff).nonzero().squeeze(1)
+
+        centers, neighbors, basis, harmonics, near = (
+            x.index_select(0, kept)
+            for x in (self.centers, self.neighbors, self.basis, self.harmonics, lengths)
+        )
+        envelope = LAYER_ENVELOPE.evaluate(near, cutoff).unsqueeze(-1)
+        return Edges(centers, neighbors, basis, harmonics, envelope)
 
 
 def group_by_input(paths: Sequence[Path]) -> dict[int, list[Path]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from itertools import pairwise
@@ -14,8 +15,8 @@ from compactmlip.models.workload import Work, convolution_work, dense_work, padd
 from compactmlip.spec import ModelSpec
 
 
-def work(spec: ModelSpec) -> Work:
-    """Count the work of an architecture."""
+def work(spec: ModelSpec, within: Callable[[float], float]) -> Work:
+    """Count the work of an architecture, whose layers have no cutoffs of their own."""
     arch = MACEArchitecture.model_validate(spec.architecture)
     total = Work()
     for t, layer in enumerate(arch.layers):

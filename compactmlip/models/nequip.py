@@ -8,10 +8,18 @@ differ from layer to layer.
 
 from __future__ import annotations
 
-from typing import Literal
+from dataclasses import replace
+from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 from torch import Tensor, nn
 
 from compactmlip.channels import Channels, format_channels
@@ -42,6 +50,15 @@ class NequIPLayer(BaseModel):
     out: Channels = Field(description="channels per order after the gate")
     up_bias: bool = False
     down_bias: bool = False
+    cutoff: float | None = Field(
+        None, gt=0, description="Angstrom; neighbours beyond it send nothing; by default the model's"
+    )
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without a cutoff of its own a layer is written as it was before there were any."""
+        data: dict[str, Any] = write(self)
+        return {name: value for name, value in data.items() if name != "cutoff" or value is not None}
 
 
 class NequIPArchitecture(BaseModel):
@@ -77,10 +94,9 @@ class NequIPArchitecture(BaseModel):
     def summary(self) -> list[tuple[str, str]]:
         """Rows (what, channels) for people."""
         rows = [("embedding", format_channels((self.embedding,)))]
-        rows += [
-            (f"layer {t}", f"{format_channels(layer.out)}, {len(layer.paths)} paths")
-            for t, layer in enumerate(self.layers)
-        ]
+        for t, layer in enumerate(self.layers):
+            shorter = "" if layer.cutoff is None else f", cutoff {layer.cutoff:g} A"
+            rows.append((f"layer {t}", f"{format_channels(layer.out)}, {len(layer.paths)} paths{shorter}"))
         return rows
 
 
@@ -105,7 +121,12 @@ class NequIPBlock(nn.Module):
 
     def messages(self, x: Features, edges: Edges, tap: Tap | None = None) -> Features:
         """Aggregated messages per order; the input of ``down``."""
-        up = tap_all(tap, f"{self.space}.up", self.up(x))
+        return self.convolve(tap_all(tap, f"{self.space}.up", self.up(x)), edges, tap)
+
+    def convolve(self, up: Features, edges: Edges, tap: Tap | None = None) -> Features:
+        """Aggregated messages from what neighbours send."""
+        if self.shape.cutoff is not None:
+            edges = edges.within[self.shape.cutoff]
         return self.convolution(up, edges, tap, f"{self.space}.radial")
 
     def gate_input(self, x: Features, messages: Features, species: Tensor) -> Features:
@@ -136,12 +157,14 @@ class NequIP(nn.Module):
     -----
     Features are lists over orders l of tensors (n_nodes, 2l+1, channels), None where there are no
     channels.  Parameters and buffers are float64 until :func:`compactmlip.models.cast`.  With
-    ``wide_geometry`` all that is made from distances and directions alone is computed in float64.
+    ``wide_geometry`` all that is made from distances and directions alone is computed in float64; with
+    ``static_shapes`` layers with a shorter cutoff are given all edges, of which some contribute nothing.
     """
 
     energy_scale: Tensor
     energy_shift: Tensor
     wide_geometry = False
+    static_shapes = False
 
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
@@ -170,6 +193,12 @@ class NequIP(nn.Module):
             vectors = vectors.to(torch.float64)
         lengths = torch.linalg.vector_norm(vectors, dim=-1)
         edges = Edges(centers, neighbors, self.basis(lengths), self.harmonics(vectors, lengths))
+        within = {
+            layer.cutoff: edges.shorter(lengths, layer.cutoff, static_shapes=self.static_shapes)
+            for layer in self.arch.layers
+            if layer.cutoff is not None
+        }
+        edges = replace(edges, within=within)
         return edges.to(dtype) if self.wide_geometry else edges
 
     def read_energy(self, x: Features, species: Tensor, tap: Tap | None = None) -> Tensor:

@@ -64,9 +64,7 @@ def _up_stage(model: NequIP, t: int) -> Stage[State]:
         name=f"layer {t} up",
         fits=linear_fits(model, [(f"layers.{t}.up", lambda state: state.x)]),
         evaluate=lambda state: block.up(state.x),
-        advance=lambda state, up: State(
-            state.batch, state.edges, state.x, block.convolution(up, state.edges)
-        ),
+        advance=lambda state, up: State(state.batch, state.edges, state.x, block.convolve(up, state.edges)),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 from compactmlip.models.gate import gate_input_channels
@@ -10,12 +11,13 @@ from compactmlip.models.workload import Work, convolution_work, dense_work, padd
 from compactmlip.spec import ModelSpec
 
 
-def work(spec: ModelSpec) -> Work:
-    """Count the work of an architecture."""
+def work(spec: ModelSpec, within: Callable[[float], float]) -> Work:
+    """Count the work of an architecture; ``within`` is the share of neighbours below a distance."""
     arch = NequIPArchitecture.model_validate(spec.architecture)
     total = Work(dense=float(arch.channels_in(len(arch.layers))[0]))
-    for t in range(len(arch.layers)):
-        total += _first(arch) if t == 0 else _later(arch, t)
+    for t, layer in enumerate(arch.layers):
+        share = 1.0 if layer.cutoff is None else within(layer.cutoff)
+        total += (_first(arch) if t == 0 else _later(arch, t)).with_edges(share)
     return total
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cache
 
 import numpy as np
@@ -47,6 +47,10 @@ class Work:
 
     def __add__(self, other: Work) -> Work:
         return Work(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(Work)))
+
+    def with_edges(self, share: float) -> Work:
+        """The same with a share of the edges only."""
+        return replace(self, **{name: share * getattr(self, name) for name in PER_EDGE})
 
     def per_atom(self, edges_per_atom: float) -> dict[str, float]:
         """All parts per atom, by name."""

@@ -10,7 +10,7 @@ import torch
 from ase import Atoms
 from torch import nn
 
-from compactmlip.compress.apply import prune
+from compactmlip.compress.apply import prune, with_layer_cutoffs
 from compactmlip.compress.compensate import kept_columns, split_folds
 from compactmlip.compress.cost import Shapes
 from compactmlip.compress.mirror import Pairs
@@ -128,6 +128,8 @@ class Evaluator:
         """Cut and refitted model."""
         masks = self.shapes.masks(plan, self.scores[plan.importance])
         student = prune(self.teacher, masks)
+        if plan.cutoffs is not None:
+            student = with_layer_cutoffs(student, plan.cutoffs)
         columns = kept_columns(self.teacher, masks)
         refit(student, self.teacher, columns, self.data, self.damping, pairs=self.pairs, known=self.outputs)
         return student

@@ -8,11 +8,15 @@ import numpy as np
 
 from compactmlip.compress.plan_file import Plan
 from compactmlip.compress.thin import kept_paths
+from compactmlip.search.reach import other_cutoffs
 from compactmlip.search.space import CRITERION, Space
 from compactmlip.search.swap import Load, swapped
 
 OTHER_CRITERION = 0.15
 """Probability that other channels are kept instead, and not other numbers of them."""
+
+CUTOFFS = 0.3
+"""Probability that cutoffs of layers change as well, in families whose layers can have their own."""
 
 SWAP = 0.5
 """Probability that paths of the tensor products make way for other paths, in families where that pays or for
@@ -37,7 +41,7 @@ def exchanged(space: Space, plan: Plan, load: Load, rng: np.random.Generator) ->
     Paths of the tensor products come back and others go; or more channels go to one random place, and fewer
     to others; or paths go, which frees time for channels, or come back.  Proposals of this kind change two or
     three numbers of a good plan, which a model of all variables cannot do before it has seen several times as
-    many plans as there are variables.
+    many plans as there are variables.  Cutoffs of layers may change with each of them.
 
     Parameters
     ----------
@@ -55,19 +59,20 @@ def exchanged(space: Space, plan: Plan, load: Load, rng: np.random.Generator) ->
     Plan or None
         With a load of at most one; None where nothing else can shrink enough.
     """
+    if len(space.criteria) > 1 and rng.random() < OTHER_CRITERION:
+        others = [c for c in space.criteria if c != plan.importance]
+        return plan.model_copy(update={"importance": str(rng.choice(others))})
+    if space.layer_cutoffs and rng.random() < CUTOFFS:
+        plan = other_cutoffs(space, plan, rng)
     if (space.prefers_paths or plan.without_paths) and rng.random() < SWAP:
         other = swapped(space, plan, load, rng)
         if other is not None:
             return other
-    blocks, cut = space.blocks(plan), plan.without_paths
-    if CRITERION in blocks:
-        others = [k for k in range(len(space.criteria)) if k != blocks[CRITERION]]
-        if rng.random() < OTHER_CRITERION:
-            return space.plan(blocks | {CRITERION: int(rng.choice(others))}, cut)
+    blocks = space.blocks(plan)
     fixed = {CRITERION: blocks.pop(CRITERION)} if CRITERION in blocks else {}
     place = None
     if rng.random() < PATHS:
-        cut = _other_paths(space, plan, rng)
+        plan = plan.model_copy(update={"without_paths": _other_paths(space, plan, rng)})
     else:
         growing = [name for name, count in blocks.items() if count < space.bounds[name][1]]
         if not growing:
@@ -76,7 +81,7 @@ def exchanged(space: Space, plan: Plan, load: Load, rng: np.random.Generator) ->
         blocks[place] = min(blocks[place] + int(rng.geometric(FEW)), space.bounds[place][1])
 
     def made(blocks: dict[str, int]) -> Plan:
-        return space.plan(blocks | fixed, cut)
+        return space.plan(blocks | fixed, plan)
 
     return _balanced(space, blocks, place, made, load, rng)
 

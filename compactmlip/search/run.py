@@ -37,7 +37,7 @@ from compactmlip.search.race import Objective, is_complete
 from compactmlip.search.record import Found, State, digest_of, identity_of, write_results
 from compactmlip.search.seeds import seeds
 from compactmlip.search.space import EDGE, Space
-from compactmlip.search.speed import SpeedModel, Stopwatch, key, probe_plans
+from compactmlip.search.speed import SpeedModel, Stopwatch, key, probe_plans, shares_within
 from compactmlip.search.study import Candidate, Study
 from compactmlip.search.workers import Workers, open_workers, scores_file
 from compactmlip.validate.supercells import near_size
@@ -110,6 +110,7 @@ class _Search:
         self.objective, self.goal = Objective(options), Goal(options)
         big = near_size(frames[0], options.atoms)
         self.graph = build_graph(big, model_spec(teacher), torch.float32)
+        self.within = shares_within(self.graph)
         self.setting = Setting(options.atoms, len(self.graph.centers) / len(big))
         self.memory = memory_cost(self.shapes, self.setting)
         self.scores, self.path_scores = self._scores(), self._path_scores()
@@ -203,7 +204,7 @@ class _Search:
         return sorted(candidates, key=lambda c: (not self.goal.is_met(c, 1 / c.time), self.objective(c)))
 
     def _time(self, plan: Plan) -> float:
-        return self.speed.relative_time(work(self.shapes.pruned(plan)))
+        return self.speed.relative_time(work(self.shapes.pruned(plan), self.within))
 
     def _scores(self) -> dict[str, Scores]:
         return {criterion: self._scores_of(criterion) for criterion in self.options.criteria}

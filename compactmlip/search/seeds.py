@@ -10,6 +10,7 @@ from compactmlip.compress.plan_file import Plan
 from compactmlip.compress.tapped import Scores
 from compactmlip.compress.thin import thinned
 from compactmlip.errors import InputError
+from compactmlip.search.reach import first_cutoffs
 from compactmlip.search.space import Space
 
 SHAPES = ("64x0", "64x0+32x1", "64x0+32x1+16x2", "64x0+32x1+16x2+16x3", "32x0+32x1+32x2+32x3")
@@ -86,9 +87,11 @@ def _without_paths(
     """Plans with all channels up to some order that lose paths, and then channels."""
     orders = range(max(map(len, space.full)))
     terms = [f"{max(c[l] for c in space.full if l < len(c))}x{l}" for l in orders]
-    for highest, bound in itertools.product(range(1, len(terms)), PATHS_FIRST):
+    for cutoffs, highest, bound in itertools.product(first_cutoffs(space), range(1, len(terms)), PATHS_FIRST):
         text = "+".join(terms[: highest + 1])
-        thin = thinned(space.shapes, space.uniform(text, highest), paths, load, bound)
+        whole = space.uniform(text, highest).model_copy(update={"cutoffs": cutoffs})
+        thin = thinned(space.shapes, whole, paths, load, bound)
         made = thin and space.scaled(thin, load)
         if made:
-            yield f"{text} without {len(made.without_paths)} paths", made
+            short = "" if cutoffs is None else f", cutoffs {cutoffs[-1]:g}"
+            yield f"{text} without {len(made.without_paths)} paths{short}", made

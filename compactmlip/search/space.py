@@ -14,6 +14,7 @@ from compactmlip.compress.cost import Shapes
 from compactmlip.compress.plan_file import Plan
 from compactmlip.compress.tapped import Scores
 from compactmlip.compress.thin import HARMONICS, cuttable_paths
+from compactmlip.models import LAYER_CUTOFFS
 from compactmlip.search.speed import capped
 
 EDGE = "edge order above the features'"
@@ -22,6 +23,9 @@ the largest order of the features."""
 
 CRITERION = "criterion that ranks channels"
 """Name of the variable for it, where there are several."""
+
+KEPT = ("without_paths", "cutoffs")
+"""What a plan has besides the variables."""
 
 MOST_EXTRA = 2
 """Its largest value."""
@@ -65,6 +69,7 @@ class Space:
         edges = [name for name in shapes.graph.groups if name.startswith(HARMONICS)]
         self.edge_orders = len(edges) - 1 if edges else None
         self.paths = cuttable_paths(shapes)
+        self.layer_cutoffs = shapes.spec.family in LAYER_CUTOFFS
 
     @property
     def prefers_paths(self) -> bool:
@@ -94,8 +99,8 @@ class Space:
                 if size:
                     yield (t, l), size
 
-    def plan(self, blocks: Mapping[str, float], without_paths: Sequence[str] = ()) -> Plan:
-        """Plan with (rounded) numbers of blocks and without some paths."""
+    def plan(self, blocks: Mapping[str, float], like: Plan | None = None) -> Plan:
+        """Plan with (rounded) numbers of blocks; paths that are cut, and cutoffs of layers, are another's."""
         layers = []
         for t, channels in enumerate(self.full):
             sizes = []
@@ -106,8 +111,8 @@ class Space:
         if self.edge_orders is not None:
             edge = min(_highest(layers) + int(blocks[EDGE]), self.edge_orders)
         criterion = self.criteria[int(blocks.get(CRITERION, 0))]
-        cut = tuple(without_paths)
-        return Plan.of(layers, edge_order=edge, importance=criterion, without_paths=cut, **self.options)
+        made = Plan.of(layers, edge_order=edge, importance=criterion, **self.options)
+        return made if like is None else made.model_copy(update={n: getattr(like, n) for n in KEPT})
 
     def _size(self, blocks: float, most: int, fewest_blocks: int) -> int:
         """Channels of a (rounded) number of blocks."""
@@ -118,7 +123,7 @@ class Space:
         return self._size(channels / self.round_to, most, 1) if most else 0
 
     def blocks(self, plan: Plan) -> dict[str, int]:
-        """Variables of a plan, but for its paths."""
+        """Variables of a plan, but for its paths and cutoffs."""
         found = {}
         for (t, l), _ in self._places():
             channels = plan.channels[t]
@@ -133,7 +138,7 @@ class Space:
 
     def cuts(self, plan: Plan) -> bool:
         """Whether the plan leaves less than the whole model."""
-        return not all(mask.all() for mask in self.shapes.masks(plan).values())
+        return plan.shortens or not all(mask.all() for mask in self.shapes.masks(plan).values())
 
     def effect(self, plan: Plan) -> str:
         """What the plan leaves, as a text: plans that cut the same model have the same.
@@ -145,7 +150,8 @@ class Space:
             scores = self.scores.get(plan.importance)
             masks = self.shapes.graph.complete(self.shapes.masks(plan, scores))
             kept = np.packbits(np.concatenate(list(masks.values()))).tobytes().hex()
-            self._effects[name] = kept if scores else f"{kept} {plan.importance}"
+            short = f" {plan.cutoffs}" if plan.shortens else ""
+            self._effects[name] = (kept if scores else f"{kept} {plan.importance}") + short
         return self._effects[name]
 
     def scaled(self, plan: Plan, load: Callable[[Plan], float]) -> Plan | None:
@@ -159,7 +165,7 @@ class Space:
 
         def at(factor: float) -> tuple[Plan, float]:
             scaled = {name: factor * count for name, count in blocks.items()}
-            made = self.plan(scaled | fixed, plan.without_paths)
+            made = self.plan(scaled | fixed, plan)
             if made.target not in loads:
                 loads[made.target] = load(made)
             return made, loads[made.target]
@@ -191,7 +197,7 @@ class Space:
         for (t, l), _ in self._places():
             if l:
                 blocks[name_of(t, l)] *= ratio ** (t / last)
-        return self.plan(blocks, plan.without_paths)
+        return self.plan(blocks, plan)
 
 
 def name_of(t: int, l: int) -> str:

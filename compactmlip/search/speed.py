@@ -146,6 +146,12 @@ class SpeedModel(BaseModel):
         return self.constant + sum(self.coefficients.get(name, 0.0) * value for name, value in parts.items())
 
 
+def shares_within(graph: GraphBatch) -> Callable[[float], float]:
+    """Share of the edges of a structure that are shorter than a distance (Angstrom)."""
+    lengths = np.sort(torch.linalg.vector_norm(graph.vectors, dim=-1).numpy())
+    return lambda distance: float(np.searchsorted(lengths, distance)) / max(len(lengths), 1)
+
+
 class Stopwatch:
     """Measures plans of one model against the model itself, and learns to predict their times.
 
@@ -161,6 +167,7 @@ class Stopwatch:
         self.shapes, self.graph, self.repeats = shapes, graph, repeats
         self.reference = deployed(teacher)
         self.edges_per_atom = len(graph.centers) / len(graph.species)
+        self.within = shares_within(graph)
         self.measured: dict[str, tuple[Work, float]] = {}
         self.seconds: list[float] = []
 
@@ -173,7 +180,7 @@ class Stopwatch:
         )
         self.seconds += [t / len(self.graph.species) for t in times["reference"]]
         found = relative(times, "reference")
-        self.measured |= {name: (work(spec), found[name]) for name, spec in specs.items()}
+        self.measured |= {name: (work(spec, self.within), found[name]) for name, spec in specs.items()}
         return [found[key(plan)] for plan in plans]
 
     def fitted(self, near: float | None = None) -> SpeedModel:
@@ -185,7 +192,7 @@ class Stopwatch:
 def key(plan: Plan) -> str:
     """What decides a plan's speed, as a text."""
     cut = " ".join(plan.without_paths)
-    return f"{plan.target} edges {plan.edge_order} odd {plan.odd_paths} without {cut}"
+    return f"{plan.target} edges {plan.edge_order} odd {plan.odd_paths} without {cut} cutoffs {plan.cutoffs}"
 
 
 def probe_plans(shapes: Shapes, **options: Any) -> list[Plan]:
@@ -261,7 +268,8 @@ class Latency:
 
     def __call__(self, plan: Plan) -> float:
         """Predicted seconds per atom."""
-        return self.uncut * self.factor * self.model.relative_time(work(self.shapes.pruned(plan)))
+        counted = work(self.shapes.pruned(plan), self.watch.within)
+        return self.uncut * self.factor * self.model.relative_time(counted)
 
     def correct(self, plan: Plan) -> float:
         """Measure a plan; from then on predictions for plans like it are right.

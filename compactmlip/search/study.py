@@ -184,9 +184,9 @@ class Study:
     def _sampled(self, load: Callable[[Plan], float], repeated: int) -> Plan | None:
         self.study.sampler = self.random if repeated >= RANDOM_AFTER else self.sampler
         trial = self.study.ask(self.space.distributions)
-        # Single paths are too many variables for the optimiser: it proposes channels for a good candidate's.
-        paths = self._parent().plan.without_paths if self.candidates else ()
-        proposed = self.space.plan(trial.params, paths)
+        # Paths and cutoffs are too many variables for the optimiser: it proposes channels for a good plan's.
+        parent = self._parent().plan if self.candidates else None
+        proposed = self.space.plan(trial.params, parent)
         self.study.tell(trial, state=TrialState.FAIL)
         return self.space.scaled(proposed, load)
 

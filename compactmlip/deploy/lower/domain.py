@@ -9,7 +9,7 @@ without compiled operators (:func:`compactmlip.kernels.build.without_kernels`) d
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -25,6 +25,14 @@ class Domain(Graph):
     """A graph, and the species of the atoms that are owned."""
 
     owned_species: Tensor
+
+    def within(self, cutoff: float) -> Domain:
+        """The same with the edges below a cutoff (Angstrom) only."""
+        kept = (torch.linalg.vector_norm(self.vectors, dim=-1) < cutoff).nonzero().squeeze(1)
+        vectors, centers, neighbors = (
+            x.index_select(0, kept) for x in (self.vectors, self.centers, self.neighbors)
+        )
+        return replace(self, vectors=vectors, centers=centers, neighbors=neighbors)
 
 
 def domain(species: Tensor, centers: Tensor, neighbors: Tensor, vectors: Tensor) -> Domain:

@@ -22,6 +22,7 @@ from compactmlip.deploy.lower.dense import Dense, PerOrder, SpeciesDense, Specie
 from compactmlip.deploy.lower.domain import Domain, domain, owned, with_ghosts
 from compactmlip.deploy.lower.splines import Grid, RadialFunction
 from compactmlip.kernels.gate import gate
+from compactmlip.models.convolution import LAYER_ENVELOPE
 from compactmlip.models.linear import add_features
 from compactmlip.models.nequip import NequIP, NequIPBlock
 
@@ -33,9 +34,11 @@ def _radial(model: NequIP, t: int) -> RadialFunction:
     assert isinstance(block, NequIPBlock)
     convolution = block.convolution
 
+    cutoff = block.shape.cutoff
+
     def function(r: Tensor) -> Tensor:
         value: Tensor = convolution.radial(model.basis(r)) * convolution.normalisation
-        return value
+        return value if cutoff is None else value * LAYER_ENVELOPE.evaluate(r, cutoff).unsqueeze(-1)
 
     return function
 
@@ -157,8 +160,9 @@ class LoweredNequIP(LoweredModel):
 
     def __init__(self, model: NequIP, grid: Grid) -> None:
         super().__init__(model.energy_scale, model.energy_shift)
-        layers: list[nn.Module] = [FirstLayer(model, grid)] if len(model.layers) else []
-        layers += [Layer(model, t, grid) for t in range(1, len(model.layers))]
+        self.cutoffs = [layer.cutoff for layer in model.arch.layers]
+        grids = [grid if cutoff is None else grid.up_to(cutoff) for cutoff in self.cutoffs]
+        layers = [Layer(model, t, grids[t]) if t else FirstLayer(model, grids[t]) for t in range(len(grids))]
         self.layers = nn.ModuleList(layers)
         self.embedding = SpeciesRows(model.embedding().detach())
         hidden, last = model.readout_hidden, model.readout().detach()
@@ -178,7 +182,8 @@ class LoweredNequIP(LoweredModel):
     def _scalars(self, graph: Domain) -> Tensor:
         """Scalars after the last layer, (n_owned, 1, channels)."""
         x: Features = [] if len(self.layers) else [self.embedding(graph.owned_species)]
-        for layer in self.layers:
-            x = layer(x, graph)
+        graphs = {cutoff: graph.within(cutoff) for cutoff in self.cutoffs if cutoff is not None}
+        for layer, cutoff in zip(self.layers, self.cutoffs, strict=True):
+            x = layer(x, graph if cutoff is None else graphs[cutoff])
         assert x[0] is not None
         return x[0]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -61,6 +61,16 @@ class Grid:
         before = max(1, round(intervals * kink / cutoff))
         behind = max(1, math.ceil(BEHIND_THE_KINK * intervals * (cutoff - kink) / cutoff))
         return Grid(cutoff, before + behind + 2, values_per_knot, kink, before + 1)
+
+    def up_to(self, cutoff: float) -> Grid:
+        """The same, about as dense, up to a shorter cutoff."""
+        count = self.knots_before_kink
+        if count and cutoff > self.kink:
+            spacing = (self.cutoff - self.kink) / (self.knots - count - 1)
+            behind = math.ceil((cutoff - self.kink) / spacing)
+            return replace(self, cutoff=cutoff, knots=count + behind + 1)
+        spacing = self.kink / (count - 1) if count else self.cutoff / (self.knots - 1)
+        return Grid(cutoff, math.ceil(cutoff / spacing) + 1, self.values_per_knot)
 
     def tabulate(self, function: RadialFunction) -> Tensor:
         """Table (knots, values_per_knot, columns) of a radial function, as :func:`tabulate`."""
