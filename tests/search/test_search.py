@@ -318,7 +318,10 @@ def test_tapered_plans_thin_out(teacher: nn.Module) -> None:
     assert [c[0] for c in plan.channels] == [16, 16, 16]
 
 
-def test_exchanges_stay_on_the_budget(teacher: nn.Module) -> None:
+def test_exchanges_stay_on_the_budget(teacher: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of channels, and of paths for channels; swaps of paths and cutoffs have tests of their own."""
+    monkeypatch.setattr("compactmlip.search.exchange.SWAP", 0.0)
+    monkeypatch.setattr("compactmlip.search.exchange.CUTOFFS", 0.0)
     space = Space(Shapes(teacher), 1, ("taylor", "fisher"))
     start = space.uniform("4x0+2x1", 1)
 
@@ -337,6 +340,29 @@ def test_exchanges_stay_on_the_budget(teacher: nn.Module) -> None:
     before = space.blocks(start)
     moved = [sum(abs(count - before[name]) for name, count in space.blocks(p).items()) for p in plans]
     assert np.median(moved) <= 6
+
+
+def test_exchanges_of_all_kinds(teacher: nn.Module) -> None:
+    space = Space(Shapes(teacher), 1)
+    start = space.uniform("8x0+4x1", 1)
+
+    def effort(plan: Plan) -> float:
+        return work(space.shapes.pruned(plan)).effort(20)
+
+    def load(plan: Plan) -> float:
+        return effort(plan) / effort(start)
+
+    rng = np.random.default_rng(0)
+    plans = [p for _ in range(60) if (p := exchanged(space, start, load, rng)) is not None]
+    loads = [load(p) for p in plans]
+    assert len(plans) > 50 and max(loads) <= 1 and np.median(loads) > 0.9, sorted(loads)
+    shorter = [p for p in plans if p.shortens]
+    assert 8 < len(shorter) < 30
+    assert any(effort(p.model_copy(update={"cutoffs": None})) > effort(start) for p in shorter), (
+        "time is spent"
+    )
+    assert any("2" in {t[-1] for t in "+".join(p.layers).split("+")} for p in plans), "orders come back"
+    assert any(p.channels[0] != start.channels[0] for p in plans)
 
 
 def test_criteria_that_keep_the_same_make_one_candidate(teacher: nn.Module) -> None:
@@ -398,7 +424,9 @@ def test_first_plans_lose_paths_before_channels(teacher: nn.Module) -> None:
     assert made[0][1].layers[0] == "16x0+8x1", "paths alone are enough"
 
 
-def test_nothing_to_exchange(teacher: nn.Module) -> None:
+def test_nothing_to_exchange(teacher: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("compactmlip.search.exchange.PATHS", 0.0)
+    monkeypatch.setattr("compactmlip.search.exchange.CUTOFFS", 0.0)
     space = Space(Shapes(teacher), 1)
     full = Plan.of(space.full, edge_order=space.edge_orders)
     rng = np.random.default_rng(0)
