@@ -81,7 +81,9 @@ class ModelSpec(_Frozen):
     @property
     def receptive_field(self) -> float:
         """Distance in Angstrom beyond which an atom cannot change another atom's energy."""
-        return self.cutoff * self.num_message_passing_layers
+        layers = self.architecture.get("layers", ())
+        own = [float(c) for layer in layers if (c := layer.get("cutoff")) is not None]
+        return self.cutoff * (self.num_message_passing_layers - len(own)) + sum(own)
 
     def species_index(self, symbols: list[str], where: str = "the structure") -> list[int]:
         """Map chemical symbols to the model's species index.

@@ -115,6 +115,8 @@ def test_files(model: nn.Module, whole: nn.Module, tmp_path: Path) -> None:
         "cutoff 4 A",
         "cutoff 3.6 A",
     ]
+    assert model_spec(model).receptive_field == pytest.approx(4.5 + 4.0 + 3.6)
+    assert model_spec(whole).receptive_field == pytest.approx(3 * 4.5)
     fewer = keep_species(model, model_spec(model).species[:2])
     assert model_spec(fewer).architecture["layers"][2]["cutoff"] == 3.6
 
@@ -140,9 +142,9 @@ def test_lowered_models_agree(model: nn.Module) -> None:
     assert energies[1] == pytest.approx(energies[0], abs=1e-6)
 
 
-@pytest.mark.parametrize("backend", ["torch", "kernels"])
+@pytest.mark.parametrize("backend", ["torch", "kernels", pytest.param("aoti", marks=pytest.mark.slow)])
 def test_deployed_files_agree(model: nn.Module, backend: Any, tmp_path: Path) -> None:
-    path = tmp_path / "model.pt"
+    path = tmp_path / ("model.pt2" if backend == "aoti" else "model.pt")
     compile_model(model, path, dtype="float64", backend=backend)
     graph = build_graph(_structure(model), model_spec(model))
     expected, found = energy_and_derivatives(model, graph), load_engine(path).evaluate(graph)
