@@ -12,9 +12,10 @@ from lammps_runs import Lammps, program
 from torch import nn
 from trust_structures import crystals
 
-from compactmlip.compress.apply import keep_species
+from compactmlip.compress.apply import keep_species, with_layer_cutoffs
 from compactmlip.deploy.compile import compile_model
 from compactmlip.lammps.build import build, installed
+from compactmlip.models import model_spec
 
 Models = Callable[..., Path]
 
@@ -34,8 +35,9 @@ def models(
 ) -> Models:
     """``models("mace", dtype="float64", backend="kernels")``: a deployed file, made once.
 
-    "mace" has two layers and five species; "sevennet" five layers, reduced to Mg and O; "trusted" two layers
-    and a trust region, of rattled MgO; "other" a shorter cutoff and Mg and O in another order.
+    "mace" has two layers and five species; "sevennet" five layers, reduced to Mg and O, of which those of
+    "short" have cutoffs of their own; "trusted" two layers and a trust region, of rattled MgO; "other" a
+    shorter cutoff and Mg and O in another order.
     """
     folder = tmp_path_factory.mktemp("models")
     native: dict[str, nn.Module] = {}
@@ -47,7 +49,11 @@ def models(
             return make_model(make_spec(channels=(6, 4), num_layers=2, lmax_edge=2), seed=3)
         if name == "other":
             return make_model(make_spec(species=("O", "Mg"), cutoff=3.3, num_layers=2, lmax_edge=1), seed=5)
-        return keep_species(make_model(make_spec(num_layers=5)), ("Mg", "O"))
+        made = keep_species(make_model(make_spec(num_layers=5)), ("Mg", "O"))
+        if name == "short":
+            cutoff = model_spec(made).cutoff
+            return with_layer_cutoffs(made, (None, 0.9 * cutoff, None, 0.8 * cutoff, 0.7 * cutoff))
+        return made
 
     def file(name: str, *, dtype: str = "float64", backend: str = "kernels") -> Path:
         path = folder / f"{name}-{dtype}-{backend}.pt"

@@ -22,6 +22,7 @@ MODELS = {
     "sevennet": ("sevennet", "float64"),
     "mace float32": ("mace", "float32"),
     "sevennet float32": ("sevennet", "float32"),
+    "short cutoffs": ("short", "float64"),
 }
 
 
@@ -63,9 +64,10 @@ def _cases(ranks: int) -> dict[str, Case]:
 
 
 CASES = tuple(_cases(1))
-KEYS = [(m, c) for m in MODELS for c in CASES if c == "cubic" or not m.endswith("float32")]
 FEW = ("cubic", "smaller than two cutoffs", "tiled, triclinic")
-"""For the slower model on four ranks."""
+"""For the slower model on four ranks, and for the one whose layers have cutoffs of their own."""
+ONLY = {"mace float32": ("cubic",), "sevennet float32": ("cubic",), "short cutoffs": FEW}
+KEYS = [(m, c) for m in MODELS for c in ONLY.get(m, CASES)]
 
 
 def _keys(ranks: int) -> list[tuple[str, str]]:
