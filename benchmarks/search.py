@@ -25,7 +25,7 @@ import math
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import cached_property
 from multiprocessing import get_context
@@ -42,7 +42,7 @@ from compactmlip.compress.compress import compress
 from compactmlip.compress.cost import Shapes
 from compactmlip.compress.plan_file import Plan
 from compactmlip.compress.scores_file import load_scores
-from compactmlip.data.graph import build_graph, collate, energy_and_derivatives
+from compactmlip.data.graph import GraphBatch, build_graph, collate, energy_and_derivatives
 from compactmlip.data.label import label
 from compactmlip.data.read import read_structures
 from compactmlip.data.select import split
@@ -53,7 +53,7 @@ from compactmlip.search.options import SearchOptions
 from compactmlip.search.race import Race
 from compactmlip.search.run import MARGIN, search
 from compactmlip.search.space import Space
-from compactmlip.search.speed import SpeedModel, Stopwatch
+from compactmlip.search.speed import SpeedModel, Stopwatch, shares_within
 from compactmlip.search.study import Candidate
 from compactmlip.search.workers import scores_file
 from compactmlip.train.dataset import Dataset
@@ -68,14 +68,22 @@ UNIFORM = (
 )
 """Proportions; each also with harmonics of the edges one order above those of the features."""
 
+ROUNDS = 2
+"""Uniform plans are scaled to a measured speed so often."""
+
 GOAL = 0.8
 """Of the best uniform plan's error."""
 
 
 def is_uniform(plan: Plan) -> bool:
-    """Whether all layers have the same channels, the last one its scalars at least, and all paths."""
+    """Whether all layers have the same channels, the last one its scalars at least, all paths and neighbours."""
     first, *others, last = plan.channels
-    return not plan.without_paths and all(c == first for c in others) and last == first[: len(last)]
+    return (
+        not plan.without_paths
+        and not plan.shortens
+        and all(c == first for c in others)
+        and last == first[: len(last)]
+    )
 
 
 class Bench:
@@ -214,35 +222,44 @@ class Bench:
 
     def predicted(self, plan: Plan) -> float:
         """Time over the uncut model's, as the search predicts it."""
-        return self.speed_model.relative_time(work(self.shapes.pruned(plan)))
+        return self.speed_model.relative_time(work(self.shapes.pruned(plan), self.within))
 
     def as_fast_as(self, chosen: Plan, found: list[tuple[Plan, float]]) -> list[tuple[Plan, float]]:
         """The best, scaled to the measured speed of a plan; errors are means over divisions, as in a search.
 
-        Predictions err by ten per cent and more, not in the same way for all shapes.
+        Predictions err by ten per cent and more, not in the same way for all shapes, so that plans are
+        measured, scaled, and measured and scaled again.
         """
         best = [plan for plan, _ in sorted(found, key=lambda pair: pair[1])[: self.options.checked]]
-        wanted, *speeds = self.speeds([chosen, *best])
+        for _ in range(ROUNDS):
+            wanted, *speeds = self.speeds([chosen, *best])
+            scaled = [self.scaled(plan, speed / wanted) for plan, speed in zip(best, speeds, strict=True)]
+            best = list({self.space.effect(plan): plan for plan in scaled if plan is not None}.values())
         race = Race(self.evaluator, self.frames, self.options)
-        made: dict[str, tuple[Plan, float]] = {}
-        for plan, speed in zip(best, speeds, strict=True):
-            bound = self.predicted(plan) * speed / wanted
-            scaled = self.space.scaled(plan, lambda p, bound=bound: self.predicted(p) / bound)
-            if scaled is None or self.space.effect(scaled) in made:
-                continue
-            unknown = PlanError(math.nan, math.nan)
-            started = Candidate(scaled, unknown, math.nan, math.nan, 0, "uniform", ())
-            made[self.space.effect(scaled)] = scaled, race.completed(started).error.forces
-        return list(made.values())
+        unknown = PlanError(math.nan, math.nan)
+        started = [Candidate(plan, unknown, math.nan, math.nan, 0, "uniform", ()) for plan in best]
+        return [(c.plan, race.completed(c).error.forces) for c in started]
+
+    def scaled(self, plan: Plan, faster: float) -> Plan | None:
+        """The plan with channels for ``faster`` times its predicted time."""
+        bound = faster * self.predicted(plan)
+        return self.space.scaled(plan, lambda p: self.predicted(p) / bound)
+
+    @cached_property
+    def graph(self) -> GraphBatch:
+        """What is timed."""
+        big = near_size(self.frames[0], self.options.atoms)
+        return build_graph(big, model_spec(self.teacher), torch.float32)
+
+    @cached_property
+    def within(self) -> Callable[[float], float]:
+        return shares_within(self.graph)
 
     def evaluator(self, frames: Frames) -> Evaluator:
         return Evaluator(self.teacher, frames, self.shapes, self.scores, self.options.damping)
 
     def speeds(self, plans: Sequence[Plan]) -> list[float]:
-        graph = build_graph(
-            near_size(self.frames[0], self.options.atoms), model_spec(self.teacher), torch.float32
-        )
-        return [1 / t for t in Stopwatch(self.teacher, graph, self.shapes, 10).measure(plans)]
+        return [1 / t for t in Stopwatch(self.teacher, self.graph, self.shapes, 10).measure(plans)]
 
     def final(self, plan: Plan) -> tuple[nn.Module, tuple[float, float]]:
         """Model refitted on all structures, and its errors on the test structures."""
