@@ -76,7 +76,7 @@ GOAL = 0.8
 
 
 def is_uniform(plan: Plan) -> bool:
-    """Whether all layers have the same channels, the last one its scalars at least, all paths and neighbours."""
+    """Whether all layers have the same channels (the last one its scalars at least), paths and neighbours."""
     first, *others, last = plan.channels
     return (
         not plan.without_paths
