@@ -43,21 +43,7 @@ def exchanged(space: Space, plan: Plan, load: Load, rng: np.random.Generator) ->
     three numbers of a good plan, which a model of all variables cannot do before it has seen several times as
     many plans as there are variables.  Cutoffs of layers may change with each of them.
 
-    Parameters
-    ----------
-    space
-        Variables.
-    plan
-        Where to start.
-    load
-        What a plan needs over what is allowed.
-    rng
-        Random numbers.
-
-    Returns
-    -------
-    Plan or None
-        With a load of at most one; None where nothing else can shrink enough.
+    Parameters and result are those of :func:`compactmlip.search.swap.swapped`.
     """
     if len(space.criteria) > 1 and rng.random() < OTHER_CRITERION:
         others = [c for c in space.criteria if c != plan.importance]
