@@ -152,6 +152,18 @@ def test_errors_are_means_over_divisions(
             assert row["force_mae_meV_per_A"] > best
 
 
+def test_candidates_have_the_cutoffs_of_their_plan(teacher: nn.Module, frames: list[Atoms]) -> None:
+    shapes = Shapes(teacher)
+    scores = {"taylor": {name: np.ones(group.size) for name, group in shapes.graph.groups.items()}}
+    evaluator = Evaluator(teacher, split_frames(frames, 24, 8, 0), shapes, scores, 1.0)
+    plan = Plan.uniform("16x0+8x1", 3, cutoffs=(None, 2.4, 2.2))
+    student = evaluator.student(plan)
+    assert model_spec(student).architecture == shapes.pruned(plan).architecture
+    assert evaluator.error(plan) == evaluator.error_of(student)
+    whole = plan.model_copy(update={"cutoffs": None})
+    assert evaluator.error(whole).forces != evaluator.error(plan).forces
+
+
 def test_several_processes_find_the_same(
     teacher: nn.Module, frames: list[Atoms], tmp_path: Path, fake_speed: None
 ) -> None:
