@@ -32,7 +32,7 @@ from compactmlip.deploy.archive import usable_device
 from compactmlip.deploy.compile import compile_model, default_backend
 from compactmlip.errors import InputError
 from compactmlip.families import load_model
-from compactmlip.models import model_dtype, model_spec, num_parameters
+from compactmlip.models import model_dtype, model_spec, num_parameters, with_layer_cutoffs
 from compactmlip.search.within import Planner, cuts_paths
 from compactmlip.specialize_folder import Folder
 from compactmlip.specialize_options import PARTS, VALIDATION_SHARE, SpecializeOptions, with_budgets
@@ -235,7 +235,9 @@ class _Run:
     def _check_targets(self, model: nn.Module) -> None:
         """Refuse a target that cannot be met now, not after sampling and labelling."""
         if (plan := self.options.plan) is not None:
-            checked_targets(model_spec(model), plan.target, **plan.options)
+            checked_targets(model_spec(model), plan.target, **plan.options, all_may_stay=plan.shortens)
+            if plan.cutoffs is not None:
+                with_layer_cutoffs(model_spec(model), plan.cutoffs)
             return
         if self.options.budget is not None:
             cuts_paths(Budget.parse(self.options.budget), model_spec(model), self.options.to)

@@ -305,6 +305,10 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "unreadable target": ({"to": "5y0"}, "cannot read channels"),
     "teacher": ({"teacher": "absent.safetensors"}, "no such file"),
     "plan of another depth": ({"to": None, "plan": Plan(layers=("5x0",) * 3)}, "3 layers"),
+    "cutoff beyond the model's": (
+        {"to": None, "plan": Plan(layers=("5x0",) * 2, cutoffs=(None, 99.0))},
+        "layer 1: the cutoff must be above 0",
+    ),
     "budget that ranks all channels": ({"budget": "parameters=40%"}, "only one of --to and --budget"),
     "licence": ({"teacher": "mace-omat-0-small"}, "accept"),
 }

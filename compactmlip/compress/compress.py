@@ -150,7 +150,7 @@ def compress(
         elif cut_paths:
             thin = thin_plan(teacher, graphs, target, cut_paths, seed=seed, progress=progress, **options)
             options, target = thin.options, thin.target
-        targets = checked_targets(model_spec(teacher), target, **options)
+        targets = checked_targets(model_spec(teacher), target, **options, all_may_stay=bool(cutoffs))
         if scores is None:
             scores = importance(
                 teacher, some_structures(graphs, seed), criterion, seed=seed, progress=progress
@@ -222,7 +222,7 @@ def checked_targets(
 ) -> Targets:
     """Sizes that a target means for a model, after a check that it can be met and that it cuts something.
 
-    ``all_may_stay`` leaves out the latter, where paths are going to be cut as well.
+    ``all_may_stay`` leaves out the latter, where paths or cutoffs of layers are going to be cut as well.
 
     Raises
     ------

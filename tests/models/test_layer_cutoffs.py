@@ -178,6 +178,13 @@ def test_plans_shorten(whole: nn.Module, tmp_path: Path) -> None:
     assert model_spec(made.model).architecture == Shapes(whole).pruned(plan).architecture
     step = model_spec(made.model).provenance.steps[0]
     assert step.options["cutoffs"] == list(CUTOFFS)
+    only = compress(whole, graphs, Plan.uniform("8x0+4x1+4x2", 3, odd_paths=True, cutoffs=(None, None, 4.0)))
+    assert (
+        model_spec(only.model).architecture
+        == model_spec(with_layer_cutoffs(whole, (None, None, 4.0))).architecture
+    )
+    assert only.compensation is not None and only.compensation.after is not None
+    assert only.compensation.after.forces < only.compensation.before.forces
     with pytest.raises(InputError, match="2 cutoffs for 3 layers"):
         (tmp_path / "bad.json").write_text(plan.to_json().replace("null,", ""))
         Plan.load(tmp_path / "bad.json")
