@@ -34,8 +34,9 @@ def seeds(
     """Sources and plans with a load of at most one.
 
     First what a ranking of all channels leaves, by each criterion and with each order of the harmonics of
-    edges; then plans with many channels that lose paths of the tensor products; plans with the same channels
-    in all layers; and some that thin out towards one end.
+    edges; then plans with many channels that lose paths of the tensor products, with the model's cutoff and
+    with shorter ones behind the first layer; plans with the same channels in all layers; and some that thin
+    out towards one end.
 
     Parameters
     ----------
