@@ -7,7 +7,7 @@ on them for as long, with the same settings but for the peak learning rate, whic
 start in both.  Then all structures and shares of the time.  Errors are those against the teacher on the test
 structures; rows without training say what it is worth.
 
-    python benchmarks/shares.py FOLDER --work DIR --target 64x0+32x1+16x2/0.35 --minutes 3
+    python benchmarks/shares.py FOLDER --work DIR --target 64x0+32x1+16x2 --cut-paths 0.35 --minutes 3
 
 Shares of less data are parts of those of more.  A second call with the same DIR goes on where the first one
 stopped; ``--only`` does some of the runs, so that several processes can share the work.
@@ -70,10 +70,10 @@ class Bench:
         """The cut and compensated model; the errors on the way are written down."""
         path = self.work / f"cut-{share:g}.safetensors"
         if not path.is_file():
-            text, _, paths = self.given.target.partition("/")
             few = self.train[: self.frames(share)]
             graphs = [build_graph(a, model_spec(self.teacher), model_dtype(self.teacher)) for a in few]
-            made = compress(self.teacher, graphs, text, cut_paths=float(paths or 0), seed=self.given.seed)
+            options = {"cut_paths": self.given.cut_paths, "seed": self.given.seed}
+            made = compress(self.teacher, graphs, self.given.target, **options)
             models = dict(zip(UNTRAINED, (made.sliced, made.model), strict=True))
             for name, model in models.items():
                 self.write(f"{name}-{share:g}", {"errors": self.errors(model)})
@@ -145,9 +145,8 @@ def main(arguments: Sequence[str]) -> None:
     options = parser(__doc__)
     options.add_argument("folder", type=Path)
     options.add_argument("--work", type=Path, required=True, help="folder of partial results")
-    options.add_argument(
-        "--target", default="64x0+32x1+16x2/0.35", help="channels, and after / the share of the paths to cut"
-    )
+    options.add_argument("--target", default="64x0+32x1+16x2", help="channels to keep")
+    options.add_argument("--cut-paths", type=float, default=0.35, help="share of the paths to cut")
     options.add_argument("--minutes", type=float, default=3.0, help="processor time of a training")
     options.add_argument("--only", nargs="+", choices=STARTS, default=list(STARTS))
     options.add_argument("--seed", type=int, default=0)
@@ -161,7 +160,8 @@ def main(arguments: Sequence[str]) -> None:
             bench.run(start, 1.0, share)
     cut = bench.cut(1.0)
     text = title + (
-        f"\n{given.target} of {num_parameters(bench.teacher)} parameters: {num_parameters(cut)}. "
+        f"\n{given.target}, {given.cut_paths:.0%} of the paths less: {num_parameters(cut)} of "
+        f"{num_parameters(bench.teacher)} parameters. "
         f"{len(bench.train)} training and {len(bench.test)} test structures, labelled by the teacher; "
         "errors against it, meV/atom, meV/Angstrom, meV/Angstrom^3. All of the time is "
         f"{given.minutes:g} minutes of one processor; seed {given.seed}.\n"
