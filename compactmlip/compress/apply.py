@@ -8,13 +8,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from compactmlip import models
 from compactmlip.channels import Mask
 from compactmlip.errors import InputError, unknown_species_error
 from compactmlip.models import build, cast, channel_graph, model_device, model_dtype, model_spec, pruned_spec
 
 
-def prune(model: nn.Module, masks: Mapping[str, Mask]) -> nn.Module:
+def prune(
+    model: nn.Module, masks: Mapping[str, Mask], cutoffs: Sequence[float | None] | None = None
+) -> nn.Module:
     """Return a smaller model that keeps only the masked-in channels of each group.
 
     The result equals the model with the cut channels set to zero, to rounding, for any masks
@@ -27,16 +28,18 @@ def prune(model: nn.Module, masks: Mapping[str, Mask]) -> nn.Module:
         A native model; it is not changed.
     masks
         Boolean mask (size,) by channel-group name.
+    cutoffs
+        Of the layers, as :func:`with_layer_cutoffs` takes them; by default they stay as they are.
 
     Raises
     ------
     InputError
-        If a mask does not fit, or nothing would be left of a part that is needed.
+        If a mask or the cutoffs do not fit, or nothing would be left of a part that is needed.
     """
     spec = model_spec(model)
     graph = channel_graph(spec)
     complete = graph.complete(masks)
-    smaller = cast(build(pruned_spec(spec, complete)), model_dtype(model))
+    smaller = cast(build(pruned_spec(spec, complete, cutoffs)), model_dtype(model))
     old, new = model.state_dict(), smaller.state_dict()
     kept = graph.kept_indices(complete)
     smaller.load_state_dict({name: _take(old[name], kept[name]) for name in new})
@@ -58,9 +61,7 @@ def with_layer_cutoffs(model: nn.Module, cutoffs: Sequence[float | None]) -> nn.
     InputError
         As :func:`compactmlip.models.with_layer_cutoffs`.
     """
-    made = cast(build(models.with_layer_cutoffs(model_spec(model), cutoffs)), model_dtype(model))
-    made.load_state_dict(model.state_dict())
-    return made.to(model_device(model)).train(model.training)
+    return prune(model, {}, cutoffs)
 
 
 def keep_species(model: nn.Module, symbols: Iterable[str]) -> nn.Module:

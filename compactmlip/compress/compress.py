@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from compactmlip.compress.apply import prune, with_layer_cutoffs
+from compactmlip.compress.apply import prune
 from compactmlip.compress.compensate import Compensation, compensate
 from compactmlip.compress.cost import Setting, Shapes
 from compactmlip.compress.importance import importance
@@ -156,8 +156,7 @@ def compress(
                 teacher, some_structures(graphs, seed), criterion, seed=seed, progress=progress
             )
         masks = top_channels(model_spec(teacher), targets, scores)
-        sliced = prune(teacher, masks)
-        result = Compressed(with_layer_cutoffs(sliced, cutoffs) if cutoffs else sliced, None, scores)
+        result = Compressed(prune(teacher, masks, cutoffs), None, scores)
         done = {"target": target, "odd_paths": options["odd_paths"], "importance": criterion}
         done |= {"structures": len(graphs)}
         done |= {

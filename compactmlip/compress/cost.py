@@ -17,7 +17,7 @@ from compactmlip.compress.plan_file import Plan
 from compactmlip.compress.tapped import Scores
 from compactmlip.data.graph import GraphBatch
 from compactmlip.errors import InputError, did_you_mean
-from compactmlip.models import channel_graph, model_spec, pruned_spec, with_layer_cutoffs, work
+from compactmlip.models import channel_graph, model_spec, pruned_spec, work
 from compactmlip.spec import ModelSpec
 
 Kind = Literal["parameters", "memory", "flops", "latency"]
@@ -81,8 +81,7 @@ class Shapes:
 
     def pruned(self, plan: Plan) -> ModelSpec:
         """Spec of the model that a plan leaves."""
-        spec = pruned_spec(self.spec, self.graph.complete(self.masks(plan)))
-        return spec if plan.cutoffs is None else with_layer_cutoffs(spec, plan.cutoffs)
+        return pruned_spec(self.spec, self.graph.complete(self.masks(plan)), plan.cutoffs)
 
     def num_parameters(self, plan: Plan) -> int:
         """Parameters of the model that a plan leaves."""

@@ -128,9 +128,15 @@ def channel_graph(spec: ModelSpec) -> ChannelGraph:
     return typing_cast("ChannelGraph", _module(STRUCTURES, spec).channel_graph(spec))
 
 
-def pruned_spec(spec: ModelSpec, masks: Mapping[str, Mask]) -> ModelSpec:
-    """Return the spec that is left when only the masked-in channels of each group stay."""
-    return typing_cast("ModelSpec", _module(STRUCTURES, spec).pruned_spec(spec, masks))
+def pruned_spec(
+    spec: ModelSpec, masks: Mapping[str, Mask], cutoffs: Sequence[float | None] | None = None
+) -> ModelSpec:
+    """Return the spec that is left when only the masked-in channels of each group stay.
+
+    With ``cutoffs`` layers get their own, as in :func:`with_layer_cutoffs`.
+    """
+    left = typing_cast("ModelSpec", _module(STRUCTURES, spec).pruned_spec(spec, masks))
+    return left if cutoffs is None else with_layer_cutoffs(left, cutoffs)
 
 
 def target_sizes(spec: ModelSpec, target: Sequence[Channels], options: TargetOptions) -> Targets:

@@ -72,7 +72,6 @@ class Edges:
         if static_shapes:
             return replace(self, envelope=LAYER_ENVELOPE.evaluate(lengths, cutoff).unsqueeze(-1))
         kept = (lengths < cutoff).nonzero().squeeze(1)
-
         centers, neighbors, basis, harmonics, near = (
             x.index_select(0, kept)
             for x in (self.centers, self.neighbors, self.basis, self.harmonics, lengths)

@@ -10,7 +10,7 @@ import torch
 from ase import Atoms
 from torch import nn
 
-from compactmlip.compress.apply import prune, with_layer_cutoffs
+from compactmlip.compress.apply import prune
 from compactmlip.compress.compensate import kept_columns, split_folds
 from compactmlip.compress.cost import Shapes
 from compactmlip.compress.mirror import Pairs
@@ -127,9 +127,7 @@ class Evaluator:
     def student(self, plan: Plan) -> nn.Module:
         """Cut and refitted model."""
         masks = self.shapes.masks(plan, self.scores[plan.importance])
-        student = prune(self.teacher, masks)
-        if plan.cutoffs is not None:
-            student = with_layer_cutoffs(student, plan.cutoffs)
+        student = prune(self.teacher, masks, plan.cutoffs)
         columns = kept_columns(self.teacher, masks)
         refit(student, self.teacher, columns, self.data, self.damping, pairs=self.pairs, known=self.outputs)
         return student
