@@ -14,6 +14,7 @@ from compactmlip.cli_types import (
     Budget,
     Calibration,
     Config,
+    Cutoffs,
     CutPaths,
     Device,
     EdgeOrder,
@@ -116,6 +117,7 @@ def prune(
     calibration: Calibration,
     to: To = None,
     cut_paths: CutPaths = None,
+    cutoffs: Cutoffs = None,
     plan: PlanFile = None,
     budget: Budget = None,
     first: Annotated[
@@ -146,7 +148,8 @@ def prune(
 ) -> None:
     """Cut channels, orders and layers, then refit what is left."""
     from compactmlip import checkpoint
-    from compactmlip.compress.compress import compress, default_target
+    from compactmlip.compress.compress import compress
+    from compactmlip.compress.defaults import default_cut
     from compactmlip.compress.plan_file import Plan
     from compactmlip.data.read import read_structures
     from compactmlip.models import model_spec, num_parameters
@@ -156,6 +159,7 @@ def prune(
     checkpoint.check_name(path)
     _one_of(to=to, plan=plan)
     _one_of(plan=plan, budget=budget, cut_paths=cut_paths)
+    _one_of(plan=plan, cutoffs=cutoffs)
     if first and budget is None:
         raise InputError("--first says what a budget cuts first: give --budget as well.")
     if layers and budget:
@@ -168,8 +172,10 @@ def prune(
     options |= {"odd_paths": odd_paths, "edge_order": edge_order}
     target: str | Plan | None = to
     if target is None and budget is None and not layers and not num_basis:
-        target, share = default_target(model_spec(teacher))
-        cut_paths = share if cut_paths is None else cut_paths
+        usual = default_cut(model_spec(teacher))
+        target = usual.to
+        cut_paths = usual.cut_paths if cut_paths is None else cut_paths
+        cutoffs = usual.cutoffs if cutoffs is None else cutoffs
     scores = None
     if importance.endswith(".safetensors"):
         scores, importance = _read_scores(importance, teacher)
@@ -184,6 +190,7 @@ def prune(
             graphs,
             template,
             first=first,
+            cutoffs=cutoffs,
             scores=scores,
             round_to=round_to,
             seed=seed,
@@ -196,6 +203,7 @@ def prune(
         graphs,
         target,
         cut_paths=cut_paths or 0.0,
+        cutoffs=cutoffs,
         layers=layers,
         num_basis=num_basis,
         basis_start=basis_start,  # type: ignore[arg-type]
@@ -214,6 +222,7 @@ def prune(
     if isinstance(target, Plan):
         text += f", channels {target.summary}"
         values |= {"channels": target.target, "without_paths": list(target.without_paths)}
+        values |= {"cutoffs": target.cutoffs}
     if made.compensation is not None:
         refit = made.compensation
         before_after = f"{1e3 * refit.before.forces:.0f} -> {1e3 * refit.after.forces:.0f}"

@@ -43,6 +43,13 @@ CutPaths = Annotated[
         help="Share of the tensor products' paths to cut, for instance 0.7: those worth least for their work."
     ),
 ]
+Cutoffs = Annotated[
+    str | None,
+    typer.Option(
+        help="Cutoffs of the layers in Angstrom (SevenNet), shares of the model's (80%), or - for its own; "
+        "the last one holds for all that follow: -,4.5 shortens those of all layers but the first."
+    ),
+]
 Keys = Annotated[str | None, typer.Option(metavar="KEY", help="Label name in the file.")]
 KeptLayers = Annotated[
     int | None,

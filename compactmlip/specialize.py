@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,10 @@ from torch import nn
 from compactmlip import checkpoint
 from compactmlip.channels import format_channels
 from compactmlip.compress.apply import keep_species
-from compactmlip.compress.compress import DEFAULT_TARGETS, checked_targets, compress
+from compactmlip.compress.compress import checked_targets, compress
 from compactmlip.compress.cost import Budget
+from compactmlip.compress.defaults import DEFAULTS, Cut
+from compactmlip.compress.plan import parse_cutoffs
 from compactmlip.compress.plan_file import Plan
 from compactmlip.compress.scores_file import save_scores
 from compactmlip.compress.tapped import Scores
@@ -150,16 +153,16 @@ class _Run:
         (self.folder / CANDIDATES).mkdir(exist_ok=True)
         targets = self._targets(teacher, graphs)
         scores: Scores | None = None
-        for k, (target, cut_paths) in enumerate(targets):
+        for k, (target, options) in enumerate(targets):
             made = compress(
                 teacher,
                 graphs,
                 target,
-                cut_paths=cut_paths,
                 scores=scores,
                 with_compensation=self.options.compensate,
                 seed=self.options.seed,
                 progress=self.progress,
+                **options,
                 **self._parts(),
             )
             checkpoint.save(made.sliced, self.folder / CANDIDATES / f"pruned-{k}.safetensors")
@@ -195,34 +198,38 @@ class _Run:
             Plan.load(plan).save(self.folder / "plan.json")
         return {"chosen": chosen, "forces_mae": tried, "minutes": minutes if tried else 0.0}
 
-    def _targets(self, teacher: nn.Module, graphs: Sequence[GraphBatch]) -> list[tuple[str | Plan, float]]:
-        """What to keep, and the share of the paths to cut: one or several candidates."""
+    def _targets(
+        self, teacher: nn.Module, graphs: Sequence[GraphBatch]
+    ) -> list[tuple[str | Plan, dict[str, Any]]]:
+        """What to keep, and options about it: one or several candidates."""
         if self.options.plan is not None:
-            return [(self.options.plan, 0.0)]
+            return [(self.options.plan, {})]
         if self.options.budget is None:
-            return list(self._shares(teacher))
+            return [(c.to, {"cut_paths": c.cut_paths, "cutoffs": c.cutoffs}) for c in self._cuts(teacher)]
         planner = Planner(
             self.options.budget,
             teacher,
             graphs,
             Plan(layers=("1x0",), **self._parts()),
+            cutoffs=self.options.cutoffs,
             seed=self.options.seed,
             progress=self.progress,
         )
-        plans: list[tuple[str | Plan, float]] = []
+        plans: list[tuple[str | Plan, dict[str, Any]]] = []
         for to in self._starts(teacher):
             plan = planner.plan(to)
             plan.save(self.folder / CANDIDATES / f"plan-{len(plans)}.json")
-            plans.append((plan, 0.0))
+            plans.append((plan, {}))
         return plans
 
-    def _shares(self, teacher: nn.Module) -> Sequence[tuple[str, float]]:
-        """Channels to keep and shares of the paths to cut, without a plan or a budget."""
-        to, share = self.options.to, self.options.cut_paths
-        if to is not None:
-            return [(to, share or 0.0)]
-        defaults = DEFAULT_TARGETS[model_spec(teacher).family]
-        return defaults if share is None else [(defaults[0][0], share)]
+    def _cuts(self, teacher: nn.Module) -> list[Cut]:
+        """What to cut without a plan or a budget."""
+        names = ("to", "cut_paths", "cutoffs")
+        given = {name: value for name in names if (value := getattr(self.options, name)) is not None}
+        if "to" in given:
+            return [Cut(**given)]
+        defaults = DEFAULTS[model_spec(teacher).family]
+        return [replace(cut, **given) for cut in (defaults[:1] if "cut_paths" in given else defaults)]
 
     def _starts(self, teacher: nn.Module) -> list[str | None]:
         """Channels that a budget begins with; None for all of them."""
@@ -230,20 +237,22 @@ class _Run:
         spec, to = model_spec(teacher), self.options.to
         if to is not None or not cuts_paths(Budget.parse(self.options.budget), spec, to):
             return [to]
-        return [None, *(narrow for narrow, _ in DEFAULT_TARGETS[spec.family][1:])]
+        return [None, *(cut.to for cut in DEFAULTS[spec.family][1:])]
 
     def _check_targets(self, model: nn.Module) -> None:
         """Refuse a target that cannot be met now, not after sampling and labelling."""
+        spec = model_spec(model)
         if (plan := self.options.plan) is not None:
-            checked_targets(model_spec(model), plan.target, **plan.options, all_may_stay=plan.shortens)
+            checked_targets(spec, plan.target, **plan.options, all_may_stay=plan.cutoffs is not None)
             if plan.cutoffs is not None:
-                with_layer_cutoffs(model_spec(model), plan.cutoffs)
+                with_layer_cutoffs(spec, plan.cutoffs)
             return
         if self.options.budget is not None:
-            cuts_paths(Budget.parse(self.options.budget), model_spec(model), self.options.to)
-        for target, share in self._shares(model):
-            may_stay = share > 0 or self.options.budget is not None
-            checked_targets(model_spec(model), target, all_may_stay=may_stay, **self._parts())
+            cuts_paths(Budget.parse(self.options.budget), spec, self.options.to)
+        for cut in self._cuts(model):
+            short = cut.cutoffs is not None and parse_cutoffs(cut.cutoffs, spec) is not None
+            may_stay = short or cut.cut_paths > 0 or self.options.budget is not None
+            checked_targets(spec, cut.to, all_may_stay=may_stay, **self._parts())
 
     def _parts(self) -> dict[str, Any]:
         """Options about what is kept besides channels and paths."""

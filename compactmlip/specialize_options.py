@@ -47,6 +47,9 @@ class SpecializeOptions(BaseModel):
     cut_paths: float | None = Field(
         None, ge=0, le=1, description="share of the tensor products' paths to cut; without 'to' the family's"
     )
+    cutoffs: str | None = Field(
+        None, description="of the layers, such as -,4.5 or -,80%; without 'to' the family's"
+    )
     plan: Plan | None = Field(None, description="what to keep, instead: a plan, or the JSON file of one")
     budget: str | None = Field(
         None, description="what the model may cost, such as latency=8x; 'to' is what paths are cut of, then"
@@ -79,9 +82,8 @@ class SpecializeOptions(BaseModel):
     @model_validator(mode="after")
     def _one_target(self) -> SpecializeOptions:
         """A plan says all that is kept; a budget decides about paths."""
-        others = {
-            name for name in ("to", "cut_paths", "budget", *PARTS) if getattr(self, name) not in (None, False)
-        }
+        names = ("to", "cut_paths", "cutoffs", "budget", *PARTS)
+        others = {name for name in names if getattr(self, name) not in (None, False)}
         if self.plan is not None and others:
             raise ValueError(f"the plan says what is kept: leave out {', '.join(sorted(others))}")
         if self.budget is not None and self.cut_paths is not None:

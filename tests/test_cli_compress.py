@@ -81,7 +81,10 @@ def test_scores_budget_and_plan(run: Run) -> None:
         ("--budget sweets=50%", "cannot read the budget"),
         ("--cut-paths 0.5 --budget flops=50%", "give only one of --budget and --cut-paths"),
         ("--to 4x0 --cut-paths 1.5", "between 0 and 1"),
-        ("--layers 1 --cut-paths 0.5", "needs a target"),
+        ("--layers 1 --cut-paths 0.5", "need a target"),
+        ("--plan plan.json --cutoffs -,2", "give only one of --plan and --cutoffs"),
+        ("--to 4x0 --cutoffs -,far", "cannot read 'far' in the cutoffs"),
+        ("--to 4x0 --cutoffs 12", "at most the model's"),
         ("--to 4x0 --first paths", "give --budget as well"),
         ("--plan none.json", "cannot read the plan none.json"),
         ("--importance none.safetensors", "no such file"),
@@ -108,6 +111,28 @@ def test_paths_are_cut(run: Run) -> None:
     plan = Plan.load("less.plan.json")
     assert json.loads(out)["without_paths"] == list(plan.without_paths)
     assert plan.made_by["cost"] <= 0.6 * plan.made_by["cost_uncut"]
+
+
+def test_cutoffs_of_layers(run: Run) -> None:
+    """By default, of a target, and of a budget that cuts half or more."""
+    prune = "prune teacher.safetensors --calibration mgo.xyz --json"
+    whole = model_spec(load("teacher.safetensors"))
+    short = round(0.8 * whole.cutoff, 2)
+    for options, wanted in (
+        ("--to 8x0+4x1 --cutoffs -,2.5", [None, 2.5]),
+        ("--to 4x0+2x1", [None, None]),
+        ("", [None, short]),
+        ("--cutoffs -", [None, None]),
+        ("--budget flops=40%", [None, short]),
+        ("--budget flops=40% --cutoffs -", [None, None]),
+        ("--budget flops=80%", [None, None]),
+    ):
+        code, out, err = run(f"{prune} {options}")
+        assert code == 0, err
+        spec = model_spec(load("pruned.safetensors"))
+        assert [layer.get("cutoff") for layer in spec.architecture["layers"]] == wanted, options
+        if "budget" in options:
+            assert json.loads(out)["cutoffs"] == (wanted if any(wanted) else None)
 
 
 def test_search(run: Run) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import nn
 
 import compactmlip.specialize as module
 from compactmlip import checkpoint
-from compactmlip.compress.compress import DEFAULT_TARGETS
+from compactmlip.compress.defaults import DEFAULTS, Cut
 from compactmlip.compress.plan_file import Plan
 from compactmlip.config import resolve
 from compactmlip.deploy.ase import CompactMLIPCalculator
@@ -171,15 +172,25 @@ def test_paths_are_cut_where_no_channels_are_named(teacher: Path, tmp_path: Path
     assert paths[1] < 0.5 * paths[0]
     assert cut.architecture["layers"][0]["out"][0] == whole.architecture["layers"][0]["out"][0]
     run = module._Run(Folder(tmp_path, options, _MGO), options, _MGO, False)
-    assert list(run._shares(checkpoint.load(teacher))) == list(DEFAULT_TARGETS["nequip"])
+    assert run._cuts(checkpoint.load(teacher)) == list(DEFAULTS["nequip"])
+    first, *others = DEFAULTS["nequip"]
     for given, wanted in (
-        ({"to": "5x0"}, ("5x0", 0.0)),
-        ({"to": "5x0", "cut_paths": 0.25}, ("5x0", 0.25)),
-        ({"cut_paths": 0.25}, (DEFAULT_TARGETS["nequip"][0][0], 0.25)),
+        ({"to": "5x0"}, [Cut("5x0")]),
+        ({"to": "5x0", "cut_paths": 0.25, "cutoffs": "-,2"}, [Cut("5x0", 0.25, "-,2")]),
+        ({"cut_paths": 0.25}, [replace(first, cut_paths=0.25)]),
+        ({"cutoffs": "-"}, [replace(cut, cutoffs="-") for cut in (first, *others)]),
     ):
         named = options.model_copy(update=given)
-        shares = module._Run(run.folder, named, _MGO, False)._shares(checkpoint.load(teacher))
-        assert list(shares) == [wanted]
+        assert module._Run(run.folder, named, _MGO, False)._cuts(checkpoint.load(teacher)) == wanted
+
+
+def test_cutoffs_reach_the_model(teacher: Path, tmp_path: Path) -> None:
+    _, cut = _pruned(_options(teacher, cutoffs="-,60%"), tmp_path / "a")
+    layers = [layer.get("cutoff") for layer in cut.architecture["layers"]]
+    assert layers[0] is None and layers[1] == pytest.approx(0.6 * cut.cutoff)
+    budget = _options(teacher, to=None, budget="flops=60%", cutoffs="-,60%")
+    _, cut = _pruned(budget, tmp_path / "b")
+    assert [layer.get("cutoff") for layer in cut.architecture["layers"]] == layers
 
 
 @pytest.mark.parametrize("better", [0, 1])
@@ -187,7 +198,7 @@ def test_the_candidate_that_learns_best_goes_on(
     teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, better: int
 ) -> None:
     """Whichever it is; its weights of the short training are what the long one begins with."""
-    monkeypatch.setitem(DEFAULT_TARGETS, "nequip", (("8x0+6x1+4x2", 0.5), ("4x0+3x1", 0.0)))
+    monkeypatch.setitem(DEFAULTS, "nequip", (Cut("8x0+6x1+4x2", 0.5), Cut("4x0+3x1")))
     options = _options(teacher, to=None, minutes=12.0)
     folder = Folder(tmp_path, options, _MGO)
     run = module._Run(folder, options, _MGO, False)
@@ -267,7 +278,7 @@ def test_a_budget_is_kept_to(teacher: Path, tmp_path: Path) -> None:
 def test_a_budget_that_cuts_paths_begins_with_all_channels_and_with_fewer(
     teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(DEFAULT_TARGETS, "nequip", (("8x0+6x1+4x2", 0.5), ("4x0+3x1", 0.3)))
+    monkeypatch.setitem(DEFAULTS, "nequip", (Cut("8x0+6x1+4x2", 0.5), Cut("4x0+3x1", 0.3)))
     _pruned(_options(teacher, to=None, budget="flops=40%"), tmp_path)
     plans = [Plan.load(tmp_path / "candidates" / f"plan-{k}.json") for k in (0, 1)]
     assert plans[0].channels[0][0] == 8 and plans[1].channels[0][0] == 4
@@ -279,6 +290,7 @@ def test_a_budget_that_cuts_paths_begins_with_all_channels_and_with_fewer(
     [
         ({"plan": Plan(layers=("5x0",))}, "leave out to"),
         ({"plan": Plan(layers=("5x0",)), "to": None, "odd_paths": True}, "leave out odd_paths"),
+        ({"plan": Plan(layers=("5x0",)), "to": None, "cutoffs": "-"}, "leave out cutoffs"),
         ({"plan": "absent.json", "to": None}, "cannot read the plan"),
         ({"budget": "latency=8x", "cut_paths": 0.5}, "leave out cut_paths"),
         ({"budget": "latency=8x", "plan": Plan(layers=("5x0",)), "to": None}, "leave out budget"),
@@ -308,6 +320,12 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "cutoff beyond the model's": (
         {"to": None, "plan": Plan(layers=("5x0",) * 2, cutoffs=(None, 99.0))},
         "layer 1: the cutoff must be above 0",
+    ),
+    "cutoffs that cannot be read": ({"cutoffs": "near"}, "cannot read 'near' in the cutoffs"),
+    "cutoffs beyond the model's": ({"cutoffs": "-,99"}, "layer 1: the cutoff must be above 0"),
+    "budget with cutoffs of more layers": (
+        {"to": None, "budget": "flops=40%", "cutoffs": "3,2,2"},
+        "lists cutoffs of 3 layers",
     ),
     "budget that ranks all channels": ({"budget": "parameters=40%"}, "only one of --to and --budget"),
     "licence": ({"teacher": "mace-omat-0-small"}, "accept"),

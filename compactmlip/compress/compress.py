@@ -14,7 +14,7 @@ from compactmlip.compress.compensate import Compensation, compensate
 from compactmlip.compress.cost import Setting, Shapes
 from compactmlip.compress.importance import importance
 from compactmlip.compress.path_importance import path_importance
-from compactmlip.compress.plan import parse_target, target_sizes, top_channels
+from compactmlip.compress.plan import parse_cutoffs, parse_target, target_sizes, top_channels
 from compactmlip.compress.plan_file import Plan
 from compactmlip.compress.reshape import check_basis, cut_layers, resize_basis
 from compactmlip.compress.tapped import Scores
@@ -26,16 +26,6 @@ from compactmlip.models import channel_graph, model_spec, record_step
 from compactmlip.models.reshape import BasisStart
 from compactmlip.models.targets import Targets
 from compactmlip.spec import ModelSpec
-
-DEFAULT_TARGETS = {
-    "nequip": (("128x0+64x1+32x2", 0.65), ("64x0+32x1+16x2", 0.35)),
-    "mace": (("64x0+32x1+16x2", 0.0),),
-}
-"""By family: channels to keep and share of the paths to cut where nothing is asked for, best guess first.
-
-Convolutions take most of the time of NequIP's family, so that paths go and channels stay; in MACE it is the
-products, whose work grows with the channels.  Whether many channels with few paths learn better, or fewer
-channels with more paths, depends on the material (benchmarks/results/paths.md)."""
 
 IMPORTANCE_ATOMS = 800
 """Importance is averaged over structures of about this many atoms: more do not change the ranking."""
@@ -76,6 +66,7 @@ def compress(
     odd_paths: bool = False,
     edge_order: int | None = None,
     cut_paths: float = 0.0,
+    cutoffs: str | None = None,
     num_basis: int | None = None,
     basis_start: BasisStart = "inherited",
     criterion: str = "taylor",
@@ -96,8 +87,8 @@ def compress(
     target
         Channels per order: ``"64x0+32x1"`` for all layers, or one per layer separated by commas.  None keeps
         the channels, which makes sense with ``layers`` or ``num_basis`` only.  Or a plan, which replaces
-        ``radial_hidden``, ``readout_hidden``, ``odd_paths``, ``edge_order``, ``cut_paths`` and ``criterion``
-        and may name single paths to cut and shorter cutoffs of layers.
+        ``radial_hidden``, ``readout_hidden``, ``odd_paths``, ``edge_order``, ``cut_paths``, ``cutoffs`` and
+        ``criterion`` and may name single paths to cut.
     layers
         Number of layers to keep; the others are cut first (:func:`compactmlip.compress.reshape.cut_layers`).
     radial_hidden, readout_hidden
@@ -112,6 +103,8 @@ def compress(
     cut_paths
         Share of the paths of the tensor products to cut as well, of those that ``target`` leaves: the ones
         that are worth least for the work that they take (:mod:`compactmlip.compress.thin`).
+    cutoffs
+        Of the layers, as :func:`compactmlip.compress.plan.parse_cutoffs` takes them.
     num_basis, basis_start
         Radial basis functions to have in the end, and how they start
         (:func:`compactmlip.compress.reshape.resize_basis`); the scores and the errors of the compensation
@@ -131,8 +124,8 @@ def compress(
         If the target is malformed, larger than the model, or there is no calibration structure, or the
         criterion is unknown.
     """
-    if target is None and cut_paths:
-        raise InputError("a share of the paths to cut needs a target: give the channels that stay.")
+    if target is None and (cut_paths or cutoffs):
+        raise InputError("paths and cutoffs of layers need a target: give the channels that stay.")
     if target is None and layers is None and num_basis is None:
         raise InputError("nothing to cut: give a target such as 64x0+32x1, or a number of layers.")
     if num_basis is not None:
@@ -140,23 +133,23 @@ def compress(
     if layers is not None:
         teacher = cut_layers(teacher, layers, graphs=graphs)
     result = Compressed(teacher, None, {})
-    cutoffs: Sequence[float | None] | None = None
     if target is not None:
+        reach = None if cutoffs is None else parse_cutoffs(cutoffs, model_spec(teacher))
         options: dict[str, Any] = {"radial_hidden": radial_hidden, "readout_hidden": readout_hidden}
         options |= {"odd_paths": odd_paths, "edge_order": edge_order}
         if isinstance(target, Plan):
-            cutoffs = target.cutoffs
+            reach = target.cutoffs
             criterion, options, target = target.importance, target.options, target.target
         elif cut_paths:
             thin = thin_plan(teacher, graphs, target, cut_paths, seed=seed, progress=progress, **options)
             options, target = thin.options, thin.target
-        targets = checked_targets(model_spec(teacher), target, **options, all_may_stay=bool(cutoffs))
+        targets = checked_targets(model_spec(teacher), target, **options, all_may_stay=reach is not None)
         if scores is None:
             scores = importance(
                 teacher, some_structures(graphs, seed), criterion, seed=seed, progress=progress
             )
         masks = top_channels(model_spec(teacher), targets, scores)
-        result = Compressed(prune(teacher, masks, cutoffs), None, scores)
+        result = Compressed(prune(teacher, masks, reach), None, scores)
         done = {"target": target, "odd_paths": options["odd_paths"], "importance": criterion}
         done |= {"structures": len(graphs)}
         done |= {
@@ -164,7 +157,7 @@ def compress(
             for name in ("edge_order", "without_paths")
             if options.get(name) not in (None, ())
         }
-        done |= {"cutoffs": list(cutoffs)} if cutoffs else {}
+        done |= {"cutoffs": list(reach)} if reach else {}
         record_step(result.sliced, "prune", **done, **({"seed": seed} if criterion == "random" else {}))
         if with_compensation:
             refit = compensate(
@@ -246,11 +239,6 @@ def _resized(result: Compressed, num_basis: int, start: BasisStart, seed: int) -
         return replace(result, sliced=sliced)
     model = resize_basis(result.compensation.model, num_basis, start=start, seed=seed)
     return replace(result, sliced=sliced, compensation=replace(result.compensation, model=model))
-
-
-def default_target(spec: ModelSpec) -> tuple[str, float]:
-    """Channels to keep and share of the paths to cut where nothing is asked for."""
-    return DEFAULT_TARGETS[spec.family][0]
 
 
 def some_structures(graphs: Sequence[GraphBatch], seed: int) -> list[GraphBatch]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -30,6 +31,38 @@ def parse_target(text: str, num_layers: int) -> list[Channels]:
     if len(parts) != num_layers:
         raise InputError(f"'{text}' lists {len(parts)} layers, but the model has {num_layers}.")
     return parts
+
+
+def parse_cutoffs(text: str, spec: ModelSpec) -> tuple[float | None, ...] | None:
+    """Parse the cutoffs of a model's layers, separated by commas: the last one holds for all that follow.
+
+    Each is a length in Angstrom (``4.5``), a share of the model's cutoff (``80%``) or ``-`` for the model's
+    own: ``-,4`` lets all layers but the first see neighbours up to 4 Angstrom.  None if no layer has another
+    than the model's.
+
+    Raises
+    ------
+    InputError
+        If the text is malformed, lists more layers than there are, or a cutoff is not between zero and the
+        model's, or the family's layers have none.
+    """
+    found: list[float | None] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"-|([0-9]*\.?[0-9]+)(%?)", part.strip())
+        if match is None:
+            raise InputError(
+                f"cannot read '{part.strip()}' in the cutoffs '{text}': expected lengths in Angstrom, shares "
+                "such as 80% of the model's, or - for all of it, separated by commas; for instance -,4.5."
+            )
+        number = float(match[1]) if match[1] else None
+        found.append(round(number * spec.cutoff / 100, 2) if number and match[2] else number)
+    layers = spec.num_message_passing_layers
+    if len(found) > layers:
+        raise InputError(f"'{text}' lists cutoffs of {len(found)} layers, but the model has {layers}.")
+    cutoffs = tuple(found + found[-1:] * (layers - len(found)))
+    models.with_layer_cutoffs(spec, cutoffs)
+    made = tuple(None if cutoff == spec.cutoff else cutoff for cutoff in cutoffs)
+    return None if all(cutoff is None for cutoff in made) else made
 
 
 def target_sizes(

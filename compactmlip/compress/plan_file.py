@@ -40,6 +40,11 @@ class Plan(BaseModel):
     def _readable(cls, layers: tuple[str, ...]) -> tuple[str, ...]:
         return tuple(format_channels(parse_channels(layer)) for layer in layers)
 
+    @field_validator("cutoffs")
+    @classmethod
+    def _none_if_whole(cls, cutoffs: tuple[float | None, ...] | None) -> tuple[float | None, ...] | None:
+        return None if cutoffs is None or all(c is None for c in cutoffs) else cutoffs
+
     @field_validator("without_paths")
     @classmethod
     def _in_order(cls, names: tuple[str, ...]) -> tuple[str, ...]:
@@ -83,15 +88,9 @@ class Plan(BaseModel):
     @property
     def _short(self) -> str:
         """The cutoffs, if there are any."""
-        if not self.shortens:
+        if self.cutoffs is None:
             return ""
-        assert self.cutoffs is not None
         return ", cutoffs " + " ".join("-" if c is None else f"{c:g}" for c in self.cutoffs)
-
-    @property
-    def shortens(self) -> bool:
-        """Whether a layer has a cutoff of its own."""
-        return self.cutoffs is not None and any(c is not None for c in self.cutoffs)
 
     @property
     def channels(self) -> tuple[Channels, ...]:

@@ -10,6 +10,7 @@ from typing import Literal
 import numpy as np
 from ase import Atoms
 
+from compactmlip.data.read import FORCES
 from compactmlip.data.select import quotas
 from compactmlip.errors import InputError
 
@@ -44,11 +45,11 @@ def hold_out(
 ) -> Holdout:
     """Choose validation frames.
 
-    "random" takes frames at random.  "blocks" takes contiguous blocks out of each run of frames with the
-    same atoms, so that few validation frames have a neighbour in time in the training set.  "groups"
-    keeps frames with the same ``info[group_key]`` together.  "auto" is "groups" if there is a
-    ``group_key``, else "blocks" for the runs in which neighbouring frames resemble each other, and
-    "random" for all other frames.
+    "random" takes frames at random, of small, middle and large forces alike.  "blocks" takes contiguous
+    blocks out of each run of frames with the same atoms, so that few validation frames have a neighbour in
+    time in the training set.  "groups" keeps frames with the same ``info[group_key]`` together.  "auto" is
+    "groups" if there is a ``group_key``, else "blocks" for the runs in which neighbouring frames resemble
+    each other, and "random" for all other frames.
 
     Raises
     ------
@@ -71,11 +72,32 @@ def hold_out(
     inside = {k for run in runs for k in run}
     loose = [k for k in range(count) if k not in inside]
     shares = quotas([len(loose), *map(len, runs)], wanted)
-    valid = {int(k) for k in rng.choice(loose, shares[0], replace=False)} if loose else set()
+    valid = _typical(frames, loose, shares[0], rng)
     for run, share in zip(runs, shares[1:], strict=True):
         valid.update(_blocks(run, share, rng))
     how = f"{len(valid)} of {count} frames, " + _explained(len(runs), len(loose), wanted)
     return _holdout(count, valid, how)
+
+
+def _typical(frames: Sequence[Atoms], among: Sequence[int], share: int, rng: np.random.Generator) -> set[int]:
+    """Frames of small, middle and large forces: one from the middle half of each of ``share`` equal parts.
+
+    A few frames at random may all be perfect crystals, whose forces vanish: they would judge energies only.
+    """
+    sizes = np.array([_mean_force(frames[k]) for k in among])
+    order = [among[k] for k in np.lexsort((rng.permutation(len(among)), sizes))]
+    taken: set[int] = set()
+    for part in np.array_split(order, share) if share else []:
+        margin = len(part) // 4
+        taken.add(int(rng.choice(part[margin : len(part) - margin])))
+    return taken
+
+
+def _mean_force(atoms: Atoms) -> float:
+    """Root mean square of the force components that are known; 0 where none is."""
+    forces = atoms.arrays.get(FORCES)
+    known = np.zeros(0) if forces is None else forces[np.isfinite(forces)]
+    return float(np.sqrt(np.mean(known**2))) if known.size else 0.0
 
 
 def _blocks(run: Sequence[int], share: int, rng: np.random.Generator) -> list[int]:
@@ -91,7 +113,7 @@ def _blocks(run: Sequence[int], share: int, rng: np.random.Generator) -> list[in
 
 def _explained(runs: int, loose: int, wanted: int) -> str:
     if not runs:
-        return "at random"
+        return "at random from those of small, middle and large forces"
     text = (
         f"in blocks of up to {BLOCK} neighbours from {runs} runs of consecutive frames that look like steps"
     )

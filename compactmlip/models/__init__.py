@@ -166,6 +166,8 @@ def evenly(cutoff: float, distance: float) -> float:
 def with_layer_cutoffs(spec: ModelSpec, cutoffs: Sequence[float | None]) -> ModelSpec:
     """Return the spec with another cutoff in each layer (Angstrom; None for the model's).
 
+    A layer whose cutoff is shorter already keeps it.
+
     Raises
     ------
     InputError

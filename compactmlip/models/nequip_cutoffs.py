@@ -15,9 +15,10 @@ from compactmlip.spec import ModelSpec
 def with_layer_cutoffs(spec: ModelSpec, cutoffs: Sequence[float | None]) -> ModelSpec:
     """Spec with other cutoffs; see :func:`compactmlip.models.with_layer_cutoffs`."""
     arch = NequIPArchitecture.model_validate(spec.architecture)
-    layers = [
-        layer.model_copy(update={"cutoff": None if cutoff == spec.cutoff else cutoff})
-        for layer, cutoff in zip(arch.layers, cutoffs, strict=True)
-    ]
+    layers = []
+    for layer, cutoff in zip(arch.layers, cutoffs, strict=True):
+        # What a layer did not see before, its weights do not know of.
+        shortest = min(c or spec.cutoff for c in (layer.cutoff, cutoff))
+        layers.append(layer.model_copy(update={"cutoff": None if shortest == spec.cutoff else shortest}))
     made = arch.model_copy(update={"layers": tuple(layers)})
     return spec.model_copy(update={"architecture": made.model_dump(mode="json")})

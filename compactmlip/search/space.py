@@ -9,8 +9,8 @@ from optuna.distributions import BaseDistribution, IntDistribution
 
 from compactmlip.channels import Channels
 from compactmlip.compress.allocate import full_channels
-from compactmlip.compress.compress import DEFAULT_TARGETS
 from compactmlip.compress.cost import Shapes
+from compactmlip.compress.defaults import DEFAULTS
 from compactmlip.compress.plan_file import Plan
 from compactmlip.compress.tapped import Scores
 from compactmlip.compress.thin import HARMONICS, cuttable_paths
@@ -74,7 +74,7 @@ class Space:
     @property
     def prefers_paths(self) -> bool:
         """Whether cutting paths pays in models of this family."""
-        return any(share > 0 for _, share in DEFAULT_TARGETS[self.shapes.spec.family])
+        return any(cut.cut_paths > 0 for cut in DEFAULTS[self.shapes.spec.family])
 
     @property
     def bounds(self) -> dict[str, tuple[int, int]]:
@@ -138,7 +138,7 @@ class Space:
 
     def cuts(self, plan: Plan) -> bool:
         """Whether the plan leaves less than the whole model."""
-        return plan.shortens or not all(mask.all() for mask in self.shapes.masks(plan).values())
+        return plan.cutoffs is not None or not all(mask.all() for mask in self.shapes.masks(plan).values())
 
     def effect(self, plan: Plan) -> str:
         """What the plan leaves, as a text: plans that cut the same model have the same.
@@ -150,7 +150,7 @@ class Space:
             scores = self.scores.get(plan.importance)
             masks = self.shapes.graph.complete(self.shapes.masks(plan, scores))
             kept = np.packbits(np.concatenate(list(masks.values()))).tobytes().hex()
-            short = f" {plan.cutoffs}" if plan.shortens else ""
+            short = f" {plan.cutoffs}" if plan.cutoffs else ""
             self._effects[name] = (kept if scores else f"{kept} {plan.importance}") + short
         return self._effects[name]
 

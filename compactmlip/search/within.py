@@ -10,10 +10,12 @@ from torch import nn
 
 from compactmlip.channels import format_channels
 from compactmlip.compress.allocate import allocate, full_channels
-from compactmlip.compress.compress import default_target, some_structures
+from compactmlip.compress.compress import some_structures
 from compactmlip.compress.cost import Budget, Cost, Setting, Shapes, cost_of
+from compactmlip.compress.defaults import default_cut
 from compactmlip.compress.importance import importance
 from compactmlip.compress.path_importance import path_importance
+from compactmlip.compress.plan import parse_cutoffs
 from compactmlip.compress.plan_file import Plan
 from compactmlip.compress.tapped import Scores
 from compactmlip.compress.thin import thinned
@@ -31,6 +33,9 @@ PATHS_FIRST = frozenset({"latency", "flops"})
 
 Channels take more parameters and memory; and in MACE models losing channels costs less than losing paths
 (benchmarks/results/paths.md)."""
+
+SHORTER_FROM = 0.5
+"""Share of the uncut model's cost below which layers see fewer neighbours, where paths are cut first."""
 
 OVER = (1.0, 1.5, 2.0, 3.0, 5.0, 10.0)
 """Costs over the bound that cutting paths is tried to reach, in turn; fewer channels do the rest."""
@@ -53,6 +58,9 @@ class Planner:
         "paths" cuts paths of the tensor products, those first that are worth least for what they cost, and
         thins out channels only where that is not enough; "channels" takes channels away by a ranking of all.
         By default paths for latencies and multiply-adds of SevenNet's family, channels otherwise.
+    cutoffs
+        Of the layers, as :func:`compactmlip.compress.plan.parse_cutoffs` takes them; by default the family's
+        where paths are cut first for less than half of the cost, and the model's otherwise.
     scores
         Importance of the channels by the criterion that the template names, if it is known already.
     round_to
@@ -79,6 +87,7 @@ class Planner:
         template: Plan,
         *,
         first: First | None = None,
+        cutoffs: str | None = None,
         scores: Scores | None = None,
         round_to: int = 8,
         seed: int = 0,
@@ -87,6 +96,7 @@ class Planner:
         self.budget, self.bound = budget, Budget.parse(budget)
         self.teacher, self.graphs, self.template = teacher, graphs, template
         self.first, self.round_to, self.seed, self.progress = first, round_to, seed, progress
+        self.cutoffs = cutoffs
         self.known = scores
         self.shapes, self.setting = Shapes(teacher), Setting.of(graphs)
         options = {name: getattr(template, name) for name in ("odd_paths", "radial_hidden", "readout_hidden")}
@@ -107,12 +117,13 @@ class Planner:
         """
         by_paths = cuts_paths(self.bound, model_spec(self.teacher), to, self.first)
         limit = self.bound.bound(self.whole)
+        template = self.template.model_copy(update={"cutoffs": self._reach(by_paths, limit)})
 
         def made() -> Plan:
             if by_paths:
-                return _paths_first(self.space, self.worth, self.cost, limit, self.template.edge_order, to)
+                return _paths_first(self.space, self.worth, self.cost, limit, template, to)
             ranked = allocate(
-                self.shapes, self.scores, self.cost, limit, round_to=self.round_to, template=self.template
+                self.shapes, self.scores, self.cost, limit, round_to=self.round_to, template=template
             )
             # The last block may have taken an order, and much of the cost: the others get what is left over.
             return self.space.scaled(ranked, lambda plan: self.cost(plan) / limit) or ranked
@@ -125,6 +136,13 @@ class Planner:
             "cost_uncut": self.whole,
         }
         return plan.model_copy(update={"made_by": made_by})
+
+    def _reach(self, by_paths: bool, limit: float) -> tuple[float | None, ...] | None:
+        """Cutoffs of the layers."""
+        spec, text = model_spec(self.teacher), self.cutoffs
+        if text is None and by_paths and limit <= SHORTER_FROM * self.whole:
+            text = default_cut(spec).cutoffs
+        return None if text is None else parse_cutoffs(text, spec)
 
     @cached_property
     def latency(self) -> Latency | None:
@@ -182,7 +200,7 @@ def cuts_paths(budget: Budget, spec: ModelSpec, to: str | None, first: First | N
         If channels to begin with are given where all are ranked.
     """
     if first is None:
-        usual = default_target(spec)[1] > 0 and budget.kind in PATHS_FIRST
+        usual = default_cut(spec).cut_paths > 0 and budget.kind in PATHS_FIRST
         first = "paths" if usual else "channels"
     if to is not None and first == "channels":
         raise InputError(
@@ -193,10 +211,10 @@ def cuts_paths(budget: Budget, spec: ModelSpec, to: str | None, first: First | N
 
 
 def _paths_first(
-    space: Space, worth: dict[str, float], cost: Cost, limit: float, edge_order: int | None, to: str | None
+    space: Space, worth: dict[str, float], cost: Cost, limit: float, template: Plan, to: str | None
 ) -> Plan:
     text = to or ",".join(format_channels(channels) for channels in space.full)
-    start = space.uniform(text, edge_order)
+    start = space.uniform(text, template.edge_order).model_copy(update={"cutoffs": template.cutoffs})
     for over in OVER:
         thin = thinned(space.shapes, start, worth, cost, over * limit)
         if thin is not None:

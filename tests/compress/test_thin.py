@@ -11,8 +11,9 @@ from ase.build import bulk
 from torch import nn
 
 from compactmlip.channels import is_path
-from compactmlip.compress.compress import compress, default_target
+from compactmlip.compress.compress import compress
 from compactmlip.compress.cost import Setting, Shapes
+from compactmlip.compress.defaults import default_cut
 from compactmlip.compress.path_importance import path_importance
 from compactmlip.compress.plan_file import Plan
 from compactmlip.compress.thin import (
@@ -146,6 +147,8 @@ def test_cut_with_a_share(teacher: nn.Module, share: float) -> None:
 
 
 def test_a_share_needs_channels(teacher: nn.Module) -> None:
-    with pytest.raises(InputError, match="needs a target"):
+    with pytest.raises(InputError, match="need a target"):
         compress(teacher, _graphs(teacher), None, layers=2, cut_paths=0.5)
-    assert default_target(model_spec(teacher))[1] > 0
+    with pytest.raises(InputError, match="need a target"):
+        compress(teacher, _graphs(teacher), None, layers=2, cutoffs="-,80%")
+    assert default_cut(model_spec(teacher)).cut_paths > 0

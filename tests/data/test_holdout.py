@@ -46,6 +46,25 @@ def test_independent_frames_are_taken_at_random() -> None:
     assert len(held.valid) == 4 and "at random" in held.how
 
 
+def test_few_frames_at_random_are_typical_ones() -> None:
+    sizes = np.random.default_rng(0).permutation(np.repeat((0.0, 0.0, 0.5, 1.0, 1.5, 2.0, 2.5, 9.0), 3))
+    frames = rattled(len(sizes), 1)
+    for atoms, size in zip(frames, sizes, strict=True):
+        atoms.arrays["REF_forces"] = np.full((len(atoms), 3), size)
+    frames[0].arrays["REF_forces"][0] = np.nan  # unknown forces of some atoms do not matter
+    chosen = {seed: [sizes[k] for k in hold_out(frames, 0.02, seed).valid] for seed in range(12)}
+    assert {s for found in chosen.values() for s in found} <= {0.5, 1.0, 1.5, 2.0}
+    assert len({tuple(found) for found in chosen.values()}) > 2
+    # Several frames are drawn from small to large.
+    many = [sorted(sizes[k] for k in hold_out(frames, 0.25, seed).valid) for seed in range(12)]
+    assert all(len(found) == 6 and found[0] == 0.0 and found[-1] >= 2.5 for found in many)
+
+
+def test_frames_without_forces_are_taken_at_random_as_well() -> None:
+    chosen = {hold_out(rattled(20, 1), 0.05, seed).valid for seed in range(20)}
+    assert len(chosen) > 5
+
+
 def test_trajectories_are_taken_in_blocks() -> None:
     frames = [*walk(60, 1), *walk(60, 2, repeat=2)]
     held = hold_out(frames, 0.2)

@@ -19,6 +19,7 @@ from compactmlip import checkpoint
 from compactmlip.compress.apply import keep_species, with_layer_cutoffs
 from compactmlip.compress.compress import compress
 from compactmlip.compress.cost import Shapes
+from compactmlip.compress.plan import parse_cutoffs
 from compactmlip.compress.plan_file import Plan
 from compactmlip.data.graph import build_graph, energy_and_derivatives
 from compactmlip.deploy.compile import compile_model
@@ -169,6 +170,7 @@ def test_plans_shorten(whole: nn.Module, tmp_path: Path) -> None:
     plan = Plan.uniform("8x0+4x1", 3, edge_order=1, cutoffs=CUTOFFS)
     assert plan.summary.endswith("cutoffs - 4 3.6")
     assert Plan.load(plan.save(tmp_path / "plan.json")) == plan
+    assert Plan.uniform("8x0", 2, cutoffs=(None, None)) == Plan.uniform("8x0", 2)
     graphs = []
     for seed in range(4):
         atoms = _structure(whole)
@@ -200,6 +202,39 @@ def test_work_counts_the_edges_of_each_layer(whole: nn.Module) -> None:
     assert work(short).convolution == pytest.approx(evenly)
 
 
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("-,4", (None, 4.0, 4.0)),
+        ("4.25", (4.25,) * 3),
+        ("-, 80%,3", (None, 3.6, 3.0)),
+        ("100%,4.5,.5", (None, None, 0.5)),
+        ("-", None),
+        ("4.5", None),
+    ],
+)
+def test_cutoffs_as_text(whole: nn.Module, text: str, wanted: tuple[float | None, ...] | None) -> None:
+    assert parse_cutoffs(text, model_spec(whole)) == wanted
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "cannot read ''"),
+        ("-,4A", "cannot read '4A' in the cutoffs '-,4A'"),
+        ("4;3", "cannot read '4;3'"),
+        ("-4", "cannot read '-4'"),
+        ("4,4,4,4", "lists cutoffs of 4 layers, but the model has 3"),
+        ("-,101%", "layer 1: the cutoff must be above 0 and at most the model's 4.5"),
+        ("0", "layer 0: the cutoff must be above 0"),
+        ("0%", "layer 0: the cutoff must be above 0"),
+    ],
+)
+def test_unreadable_cutoffs(whole: nn.Module, text: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        parse_cutoffs(text, model_spec(whole))
+
+
 def test_what_cannot_be(whole: nn.Module) -> None:
     with pytest.raises(InputError, match="2 cutoffs of layers are given, but the model has 3"):
         with_layer_cutoffs(whole, (4.0, 4.0))
@@ -208,6 +243,14 @@ def test_what_cannot_be(whole: nn.Module) -> None:
     mace = mace_models.make_model(mace_models.make_spec(lmax_edge=2, correlation=2), seed=1)
     with pytest.raises(InputError, match="'mace' cannot have cutoffs of their own"):
         with_layer_cutoffs(mace, (None, 3.0))
+    with pytest.raises(InputError, match="'mace' cannot have cutoffs of their own"):
+        parse_cutoffs("-,80%", model_spec(mace))
+
+
+def test_no_layer_sees_more_than_before(whole: nn.Module) -> None:
+    once = with_layer_cutoffs(whole, (None, 3.5, 3.0))
+    twice = with_layer_cutoffs(once, (4.0, None, 3.2))
+    assert [layer["cutoff"] for layer in model_spec(twice).architecture["layers"]] == [4.0, 3.5, 3.0]
 
 
 def test_random_models_too(model: nn.Module) -> None:

@@ -89,7 +89,7 @@ def test_exchanges_of_all_kinds(teacher: nn.Module) -> None:
     plans = [p for _ in range(60) if (p := exchanged(space, start, load, rng)) is not None]
     loads = [load(p) for p in plans]
     assert len(plans) > 50 and max(loads) <= 1 and np.median(loads) > 0.9, sorted(loads)
-    shorter = [p for p in plans if p.shortens]
+    shorter = [p for p in plans if p.cutoffs]
     assert 8 < len(shorter) < 30
     assert any(effort(p.model_copy(update={"cutoffs": None})) > effort(start) for p in shorter), (
         "time is spent"

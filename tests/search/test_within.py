@@ -13,6 +13,7 @@ from torch import nn
 from compactmlip.compress.allocate import full_channels
 from compactmlip.compress.cost import Setting, Shapes, multiply_adds
 from compactmlip.compress.plan_file import Plan
+from compactmlip.compress.thin import kept_paths
 from compactmlip.data.graph import GraphBatch, build_graph
 from compactmlip.errors import InputError
 from compactmlip.models import model_spec, work
@@ -58,11 +59,28 @@ def test_multiply_adds_are_saved_on_paths(teacher: nn.Module, graphs: list[Graph
 
 
 def test_channels_go_where_paths_are_not_enough(teacher: nn.Module, graphs: list[GraphBatch]) -> None:
-    plan = _within("flops=10%", teacher, graphs)
+    plan = _within("flops=10%", teacher, graphs, cutoffs="-")
     assert plan.channels[0] == (8,), "no paths are left but 0-0-0"
     assert plan.made_by["cost"] <= 0.1 * plan.made_by["cost_uncut"]
     with pytest.raises(InputError, match="cannot be met by cutting paths and channels"):
         _within("flops=0.001%", teacher, graphs)
+
+
+def test_layers_see_less_where_much_is_saved(teacher: nn.Module, graphs: list[GraphBatch]) -> None:
+    """What shorter cutoffs save is spent on paths."""
+    cost = _cost(teacher, graphs)
+    plan = _within("flops=40%", teacher, graphs)
+    assert plan.cutoffs == (None, 2.0, 2.0)
+    whole = _within("flops=40%", teacher, graphs, cutoffs="-")
+    kept = [len(kept_paths(Shapes(teacher), made)) for made in (plan, whole)]
+    assert whole.cutoffs is None and kept[1] < kept[0]
+    nearer = _within("flops=40%", teacher, graphs, cutoffs="-,2.4,2.2")
+    assert nearer.cutoffs == (None, 2.4, 2.2)
+    assert max(map(cost, (plan, whole, nearer))) <= 0.4 * plan.made_by["cost_uncut"]
+    assert _within("flops=60%", teacher, graphs).cutoffs is None
+    assert _within("flops=40%", teacher, graphs, first="channels").cutoffs is None
+    by_channels = _within("flops=40%", teacher, graphs, first="channels", cutoffs="80%")
+    assert by_channels.cutoffs == (2.0, 2.0, 2.0)
 
 
 def test_parameters_are_saved_on_channels(teacher: nn.Module, graphs: list[GraphBatch]) -> None:
