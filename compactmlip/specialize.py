@@ -21,7 +21,7 @@ from compactmlip.channels import format_channels
 from compactmlip.compress.apply import keep_species
 from compactmlip.compress.compress import checked_targets, compress
 from compactmlip.compress.cost import Budget
-from compactmlip.compress.defaults import DEFAULTS, Cut
+from compactmlip.compress.defaults import Cut, default_cuts
 from compactmlip.compress.plan import parse_cutoffs
 from compactmlip.compress.plan_file import Plan
 from compactmlip.compress.scores_file import save_scores
@@ -35,7 +35,7 @@ from compactmlip.deploy.archive import usable_device
 from compactmlip.deploy.compile import compile_model, default_backend
 from compactmlip.errors import InputError
 from compactmlip.families import load_model
-from compactmlip.models import model_dtype, model_spec, num_parameters, with_layer_cutoffs
+from compactmlip.models import model_dtype, model_spec, num_parameters
 from compactmlip.search.within import Planner, cuts_paths
 from compactmlip.specialize_folder import Folder
 from compactmlip.specialize_options import PARTS, VALIDATION_SHARE, SpecializeOptions, with_budgets
@@ -228,8 +228,8 @@ class _Run:
         given = {name: value for name in names if (value := getattr(self.options, name)) is not None}
         if "to" in given:
             return [Cut(**given)]
-        defaults = DEFAULTS[model_spec(teacher).family]
-        return [replace(cut, **given) for cut in (defaults[:1] if "cut_paths" in given else defaults)]
+        defaults = default_cuts(model_spec(teacher))
+        return [replace(cut, **given) for cut in defaults[: 1 if "cut_paths" in given else None]]
 
     def _starts(self, teacher: nn.Module) -> list[str | None]:
         """Channels that a budget begins with; None for all of them."""
@@ -237,22 +237,20 @@ class _Run:
         spec, to = model_spec(teacher), self.options.to
         if to is not None or not cuts_paths(Budget.parse(self.options.budget), spec, to):
             return [to]
-        return [None, *(cut.to for cut in DEFAULTS[spec.family][1:])]
+        return [None, *(cut.to for cut in default_cuts(spec)[1:])]
 
     def _check_targets(self, model: nn.Module) -> None:
         """Refuse a target that cannot be met now, not after sampling and labelling."""
         spec = model_spec(model)
         if (plan := self.options.plan) is not None:
-            checked_targets(spec, plan.target, **plan.options, all_may_stay=plan.cutoffs is not None)
-            if plan.cutoffs is not None:
-                with_layer_cutoffs(spec, plan.cutoffs)
+            checked_targets(spec, plan.target, **plan.options, cutoffs=plan.cutoffs)
             return
         if self.options.budget is not None:
             cuts_paths(Budget.parse(self.options.budget), spec, self.options.to)
         for cut in self._cuts(model):
-            short = cut.cutoffs is not None and parse_cutoffs(cut.cutoffs, spec) is not None
-            may_stay = short or cut.cut_paths > 0 or self.options.budget is not None
-            checked_targets(spec, cut.to, all_may_stay=may_stay, **self._parts())
+            cutoffs = None if cut.cutoffs is None else parse_cutoffs(cut.cutoffs, spec)
+            may_stay = cut.cut_paths > 0 or self.options.budget is not None
+            checked_targets(spec, cut.to, cutoffs=cutoffs, all_may_stay=may_stay, **self._parts())
 
     def _parts(self) -> dict[str, Any]:
         """Options about what is kept besides channels and paths."""

@@ -22,7 +22,7 @@ from compactmlip.compress.thin import effort, thinned_by_share
 from compactmlip.data.graph import GraphBatch
 from compactmlip.data.select import random_up_to
 from compactmlip.errors import InputError
-from compactmlip.models import channel_graph, model_spec, record_step
+from compactmlip.models import channel_graph, model_spec, record_step, with_layer_cutoffs
 from compactmlip.models.reshape import BasisStart
 from compactmlip.models.targets import Targets
 from compactmlip.spec import ModelSpec
@@ -143,7 +143,7 @@ def compress(
         elif cut_paths:
             thin = thin_plan(teacher, graphs, target, cut_paths, seed=seed, progress=progress, **options)
             options, target = thin.options, thin.target
-        targets = checked_targets(model_spec(teacher), target, **options, all_may_stay=reach is not None)
+        targets = checked_targets(model_spec(teacher), target, **options, cutoffs=reach)
         if scores is None:
             scores = importance(
                 teacher, some_structures(graphs, seed), criterion, seed=seed, progress=progress
@@ -210,11 +210,12 @@ def checked_targets(
     odd_paths: bool = False,
     edge_order: int | None = None,
     without_paths: Sequence[str] = (),
+    cutoffs: Sequence[float | None] | None = None,
     all_may_stay: bool = False,
 ) -> Targets:
     """Sizes that a target means for a model, after a check that it can be met and that it cuts something.
 
-    ``all_may_stay`` leaves out the latter, where paths or cutoffs of layers are going to be cut as well.
+    Cutoffs of layers are enough for the latter; ``all_may_stay`` leaves it out, where paths will be cut.
 
     Raises
     ------
@@ -224,10 +225,12 @@ def checked_targets(
     options = {"radial_hidden": radial_hidden, "readout_hidden": readout_hidden, "edge_order": edge_order}
     wanted = parse_target(target, spec.num_message_passing_layers)
     targets = target_sizes(spec, wanted, **options, odd_paths=odd_paths, without_paths=without_paths)
+    if cutoffs is not None:
+        with_layer_cutoffs(spec, cutoffs)
     groups = channel_graph(spec).groups
     # How many channels stay does not depend on their scores.
     masks = top_channels(spec, targets, {name: np.zeros(group.size) for name, group in groups.items()})
-    if not all_may_stay and all(mask.all() for mask in masks.values()):
+    if not all_may_stay and cutoffs is None and all(mask.all() for mask in masks.values()):
         raise InputError(f"the target '{target}' cuts nothing from this model; ask for fewer channels.")
     return targets
 

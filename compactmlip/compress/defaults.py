@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from compactmlip.spec import ModelSpec
 
@@ -41,6 +41,14 @@ channels with few paths learn better, or fewer channels with more paths, depends
 (benchmarks/results/paths.md)."""
 
 
+def default_cuts(spec: ModelSpec) -> tuple[Cut, ...]:
+    """A model's defaults; where there is no layer behind the first, cutoffs stay."""
+    cuts = DEFAULTS[spec.family]
+    if spec.num_message_passing_layers > 1:
+        return cuts
+    return tuple(replace(cut, cutoffs=None) for cut in cuts)
+
+
 def default_cut(spec: ModelSpec) -> Cut:
-    """The first of a model's defaults."""
-    return DEFAULTS[spec.family][0]
+    """The first of them."""
+    return default_cuts(spec)[0]

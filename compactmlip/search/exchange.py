@@ -10,7 +10,7 @@ from compactmlip.compress.plan_file import Plan
 from compactmlip.compress.thin import kept_paths
 from compactmlip.search.reach import other_cutoffs
 from compactmlip.search.space import CRITERION, Space
-from compactmlip.search.swap import Load, swapped
+from compactmlip.search.swap import FEW, Load, swapped
 
 OTHER_CRITERION = 0.15
 """Probability that other channels are kept instead, and not other numbers of them."""
@@ -27,9 +27,6 @@ PATHS = 0.5
 
 FEWER_PATHS = 0.75
 """Probability that a path goes, where there are some to bring back."""
-
-FEW = 0.6
-"""Probability that no further block goes to the place that grows, and that no further path changes."""
 
 STEPS = 12
 """Exchanges that lead to a plan of the same kind as those of a search, but like none of them."""

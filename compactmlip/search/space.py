@@ -10,7 +10,7 @@ from optuna.distributions import BaseDistribution, IntDistribution
 from compactmlip.channels import Channels
 from compactmlip.compress.allocate import full_channels
 from compactmlip.compress.cost import Shapes
-from compactmlip.compress.defaults import DEFAULTS
+from compactmlip.compress.defaults import default_cuts
 from compactmlip.compress.plan_file import Plan
 from compactmlip.compress.tapped import Scores
 from compactmlip.compress.thin import HARMONICS, cuttable_paths
@@ -74,7 +74,7 @@ class Space:
     @property
     def prefers_paths(self) -> bool:
         """Whether cutting paths pays in models of this family."""
-        return any(cut.cut_paths > 0 for cut in DEFAULTS[self.shapes.spec.family])
+        return any(cut.cut_paths > 0 for cut in default_cuts(self.shapes.spec))
 
     @property
     def bounds(self) -> dict[str, tuple[int, int]]:

@@ -18,7 +18,7 @@ Load = Callable[[Plan], float]
 """What a plan needs over what is allowed."""
 
 FEW = 0.6
-"""Probability that no further path comes back."""
+"""Probability that no further path comes back, and no further block or path changes in an exchange."""
 
 FILLED = 8
 """Paths that are tried for what a swap leaves over."""

@@ -13,7 +13,7 @@ from torch import nn
 from compactmlip.channels import is_path
 from compactmlip.compress.compress import compress
 from compactmlip.compress.cost import Setting, Shapes
-from compactmlip.compress.defaults import default_cut
+from compactmlip.compress.defaults import default_cut, default_cuts
 from compactmlip.compress.path_importance import path_importance
 from compactmlip.compress.plan_file import Plan
 from compactmlip.compress.thin import (
@@ -151,4 +151,9 @@ def test_a_share_needs_channels(teacher: nn.Module) -> None:
         compress(teacher, _graphs(teacher), None, layers=2, cut_paths=0.5)
     with pytest.raises(InputError, match="need a target"):
         compress(teacher, _graphs(teacher), None, layers=2, cutoffs="-,80%")
-    assert default_cut(model_spec(teacher)).cut_paths > 0
+    spec = model_spec(teacher)
+    assert default_cut(spec).cut_paths > 0 and default_cut(spec).cutoffs == "-,80%"
+
+
+def test_cutoffs_stay_where_there_is_one_layer(make_spec: Callable[..., Any]) -> None:
+    assert {cut.cutoffs for cut in default_cuts(make_spec(num_layers=1))} == {None}

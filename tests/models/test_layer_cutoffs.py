@@ -15,6 +15,7 @@ from ase import Atoms
 from ase.build import bulk
 from torch import nn
 
+import compactmlip.compress.compress as compress_module
 from compactmlip import checkpoint
 from compactmlip.compress.apply import keep_species, with_layer_cutoffs
 from compactmlip.compress.compress import compress
@@ -233,6 +234,15 @@ def test_cutoffs_as_text(whole: nn.Module, text: str, wanted: tuple[float | None
 def test_unreadable_cutoffs(whole: nn.Module, text: str, message: str) -> None:
     with pytest.raises(InputError, match=message):
         parse_cutoffs(text, model_spec(whole))
+
+
+def test_wrong_cutoffs_of_a_plan_are_found_at_once(whole: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before importances are computed."""
+    monkeypatch.setattr(compress_module, "importance", lambda *args, **options: pytest.fail("too late"))
+    plan = Plan.uniform("8x0+4x1", 3, cutoffs=(None, 9.0, None))
+    graph = build_graph(_structure(whole), model_spec(whole))
+    with pytest.raises(InputError, match="layer 1: the cutoff must be above 0"):
+        compress(whole, [graph], plan)
 
 
 def test_what_cannot_be(whole: nn.Module) -> None:
