@@ -1,4 +1,4 @@
-"""What to cut for a speed: channels, or paths of the tensor products?
+"""What to cut for a speed: channels, paths of the tensor products, or neighbours of the later layers?
 
 Takes the folder of a finished ``compactmlip quickstart`` (or ``specialize``).  For each speed-up over the
 deployed teacher, measured on this machine, plans of several kinds are made, compensated on the training
@@ -28,6 +28,7 @@ from torch import nn
 from compactmlip import checkpoint
 from compactmlip.compress.compress import compress
 from compactmlip.compress.cost import Setting, Shapes
+from compactmlip.compress.plan import parse_cutoffs
 from compactmlip.compress.plan_file import Plan
 from compactmlip.data.graph import build_graph
 from compactmlip.data.label import label
@@ -47,6 +48,9 @@ KINDS = {
     "paths": "paths, of all channels",
     "both": "paths, of fewer channels ({narrow})",
 }
+
+SHORT = "-short"
+"""Added to a kind: cutoffs of the layers are those of ``--cutoffs``, and less is cut otherwise."""
 
 
 class Bench:
@@ -80,7 +84,8 @@ class Bench:
                 cells = [first["parameters"], 1 / relative, *first["compensated"]]
                 trained = np.array([m["trained"] for m in made])
                 cells += [spread(trained[:, k]) for k in range(3)]
-                name = KINDS[kind].format(uniform=self.given.uniform, narrow=self.given.narrow)
+                name = KINDS[kind.removesuffix(SHORT)]
+                name = name.format(uniform=self.given.uniform, narrow=self.given.narrow)
                 rows.append([f"{name}: {plan.summary}", *cells, first["epochs"]])
             columns = ["cut", "parameters", "speed-up", "E compensated", "F compensated"]
             columns += ["E", "F", "S", "epochs"]
@@ -90,27 +95,31 @@ class Bench:
     def plan(self, kind: str, speedup: str) -> Plan:
         path = self.work / f"{kind}-{speedup}.json"
         if not path.is_file():
-            if kind == "uniform":
-                plan = self.uniform(float(speedup.rstrip("x")))
+            cut = kind.removesuffix(SHORT)
+            cutoffs = "-" if cut == kind else self.given.cutoffs
+            if cut == "uniform":
+                plan = self.uniform(float(speedup.rstrip("x")), cutoffs)
             else:
-                plan = self.planner(speedup, "channels" if kind == "ranked" else "paths").plan(
-                    self.given.narrow if kind == "both" else None
-                )
+                planner = self.planner(speedup, "channels" if cut == "ranked" else "paths", cutoffs)
+                plan = planner.plan(self.given.narrow if cut == "both" else None)
             plan.save(path)
         return Plan.load(path)
 
     @cache  # noqa: B019 - one bench lives as long as the program
-    def planner(self, speedup: str, first: First) -> Planner:
-        return Planner(f"latency={speedup}", self.teacher, self.graphs, Plan(layers=("1x0",)), first=first)
+    def planner(self, speedup: str, first: First, cutoffs: str) -> Planner:
+        template = Plan(layers=("1x0",))
+        options = {"first": first, "cutoffs": cutoffs}
+        return Planner(f"latency={speedup}", self.teacher, self.graphs, template, **options)
 
     @cached_property
     def latency(self) -> Latency:
         return Latency(self.teacher, self.graphs, self.shapes, Setting.of(self.graphs))
 
-    def uniform(self, speedup: float) -> Plan:
+    def uniform(self, speedup: float, cutoffs: str) -> Plan:
         space = Space(self.shapes, 8, odd_paths=False)
         limit = self.latency.uncut / speedup
-        start = space.uniform(self.given.uniform)
+        reach = parse_cutoffs(cutoffs, model_spec(self.teacher))
+        start = space.uniform(self.given.uniform).model_copy(update={"cutoffs": reach})
 
         def scaled() -> Plan:
             plan = space.scaled(start, lambda p: self.latency(p) / limit)
@@ -150,7 +159,10 @@ def main(arguments: Sequence[str]) -> None:
     options.add_argument("--test", type=Path, nargs="+", default=[], help="more structures, without labels")
     options.add_argument("--work", type=Path, required=True, help="folder of partial results")
     options.add_argument("--speedup", nargs="+", default=["5.6x"])
-    options.add_argument("--kinds", nargs="+", default=list(KINDS), choices=list(KINDS))
+    options.add_argument(
+        "--kinds", nargs="+", default=list(KINDS), choices=[k + s for k in KINDS for s in ("", SHORT)]
+    )
+    options.add_argument("--cutoffs", default="-,80%", help="of the layers, in kinds that end in -short")
     options.add_argument("--uniform", default="64x0+32x1+16x2", help="proportions of the uniform plan")
     options.add_argument("--narrow", default="64x0+32x1+16x2", help="channels of which paths are cut as well")
     options.add_argument("--atoms", type=int, default=512, help="size of the structure that is timed")
