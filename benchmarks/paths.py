@@ -63,8 +63,10 @@ class Bench:
         self.train, self.valid, own = (
             read_labelled(given.folder / f"{part}.xyz") for part in ("train", "valid", "test")
         )
-        more = label(read_structures(given.test), self.teacher, self.work / "test.xyz", progress=False)
-        self.test = [*own, *more]
+        self.test = own
+        if given.test:
+            more = read_structures(given.test)
+            self.test += label(more, self.teacher, self.work / "test.xyz", progress=False)
         self.shapes = Shapes(self.teacher)
         self.graphs = [
             build_graph(a, model_spec(self.teacher), model_dtype(self.teacher)) for a in self.train
