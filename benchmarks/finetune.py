@@ -304,13 +304,14 @@ class Report:
         return [title, found[0]["parameters"], fast, epochs, rates, len(found), *cells]
 
     def comparison(self) -> list[list[object]]:
-        """Ratios that the paper states, seed by seed."""
+        """Ratios that the paper states, and how far the parent is from random weights, seed by seed."""
         rows: list[list[object]] = []
         for target in self.options.targets:
             cells: list[object] = [shown(target)]
-            for other in ("parent", f"scratch-{slug(target)}"):
+            student, scratch = f"student-{slug(target)}", f"scratch-{slug(target)}"
+            for one, other in ((student, "parent"), (student, scratch), ("parent", scratch)):
                 for _, key in (COLUMNS[0], COLUMNS[2]):
-                    pairs = [(b.result(f"student-{slug(target)}"), b.result(other)) for b in self.benches]
+                    pairs = [(b.result(one), b.result(other)) for b in self.benches]
                     ratios = [own["after"][key] / its["after"][key] for own, its in pairs if own and its]
                     cells.append(spread(ratios) if ratios else "–")
             rows.append(cells)
@@ -342,8 +343,9 @@ def write_report(options: argparse.Namespace) -> None:
         text += f" Atoms/s: float32 kernels, {made.speed['atoms']} atoms, one thread, taking turns."
     columns = ("model", "parameters", "atoms/s", "epochs", "peak lr", "seeds", *(name for name, _ in COLUMNS))
     text += "\n\n" + table(columns, made.rows())
-    text += "\nMean absolute errors of the fine-tuned students over those of others (below 1 is better).\n\n"
-    names = [f"{q} / {who}" for who in ("fine-tuned parent", "random weights") for q in ("E", "F")]
+    text += "\nMean absolute errors of models over those of others (below 1 is better).\n\n"
+    pairs = ("student / fine-tuned parent", "student / random weights", "fine-tuned parent / random weights")
+    names = [f"{quantity}: {pair}" for pair in pairs for quantity in ("E", "F")]
     text += table(("student", *names), made.comparison())
     report(text, options.output)
 
