@@ -25,7 +25,7 @@ import time
 from collections.abc import Callable
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -49,6 +49,7 @@ from compactmlip.train.finetune import FinetuneData, FinetuneResult, finetune
 from compactmlip.train.finetune_options import FinetuneOptions
 from compactmlip.train.forgetting import replay_structures
 from compactmlip.train.metrics import dataset_residuals, summarise
+from compactmlip.train.options import OptimizerName
 from compactmlip.train.reference import fit_reference, shifted
 from compactmlip.validate.speed import measure_speed
 
@@ -150,6 +151,7 @@ class Bench:
             max_minutes=minutes,
             patience=None,
             lr=self.options.lr,
+            optimizer=self.options.optimizer,
             stress_weight=0.0,
             seed=self.seed,
             e0="least-squares",
@@ -167,6 +169,7 @@ class Bench:
             max_epochs=None,
             max_minutes=DISTIL_SHARE * self.options.student_minutes,
             lr=self.options.lr,
+            optimizer=self.options.optimizer,
             seed=self.seed,
         )
         folder = self.work / f"{name}-distil"
@@ -325,7 +328,7 @@ def write_report(options: argparse.Namespace) -> None:
         f"python benchmarks/finetune.py TRAIN.xyz TEST.xyz --work DIR --parent {options.parent} "
         f"--minutes {options.minutes:g} --student-minutes {options.student_minutes:g} "
         f"--targets {' '.join(options.targets)} --every {options.every} "
-        f"--copies {options.copies} --calibration {options.calibration}"
+        f"--copies {options.copies} --calibration {options.calibration} --optimizer {options.optimizer}"
     )
     text = header(f"Fine-tuning: {options.title}", command)
     sizes = {name: (len(f), sum(map(len, f))) for name, f in made.benches[0].frames.items()}
@@ -375,6 +378,7 @@ def main() -> None:
     options_parser.add_argument("--minutes", type=float, default=15.0, help="processor time of the parent")
     options_parser.add_argument("--student-minutes", type=float, default=20.0, help="of each other model")
     options_parser.add_argument("--lr", type=float, help="peak rate of all trainings; follows the start")
+    options_parser.add_argument("--optimizer", choices=get_args(OptimizerName), default="soap")
     options_parser.add_argument("--every", type=int, default=1, help="use every n-th training frame")
     options_parser.add_argument("--seed", type=int, default=0)
     options = options_parser.parse_args()
