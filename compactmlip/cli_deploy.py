@@ -18,6 +18,13 @@ def compile_(
     backend: Backend = None,
     calibration: MeasuredOn = None,
     tf32: TF32 = False,
+    static_shapes: Annotated[
+        bool,
+        typer.Option(
+            "--static-shapes",
+            help="Let no shape depend on distances or species, as CUDA graphs need it (torch, cueq).",
+        ),
+    ] = False,
     require_certificate: Annotated[
         Path | None,
         typer.Option(help="Compile only if this certificate is the checkpoint's and no check failed."),
@@ -34,7 +41,7 @@ def compile_(
         from compactmlip.validate.verify import require
 
         require(model, require_certificate)
-    backend = backend or ("torch" if tf32 else default_backend())
+    backend = backend or ("torch" if tf32 or static_shapes else default_backend())
     path = output or model.with_suffix(SUFFIXES.get(backend, ".pt"))  # type: ignore[call-overload]
     report = compile_model(
         model,
@@ -43,6 +50,7 @@ def compile_(
         backend=backend,  # type: ignore[arg-type]
         calibration=read_structures(calibration) if calibration else (),
         tf32=tf32,
+        static_shapes=static_shapes,
     )
     lines = [f"wrote {path} ({backend}, {dtype}, {report.num_bytes / 1e6:.2f} MB); errors against float64:"]
     text = "\n  ".join([*lines, *(accuracy_text(a) for a in report.accuracy)])

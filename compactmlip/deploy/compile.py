@@ -53,6 +53,7 @@ from compactmlip.errors import (
 from compactmlip.kernels.build import VARIABLE, load as load_kernels, mode, without_kernels
 from compactmlip.models import cast, exact_copy, model_spec
 from compactmlip.models.linear import ConstantWeight, ScaledWeight
+from compactmlip.models.static_shapes import with_static_shapes
 from compactmlip.spec import ModelSpec
 
 
@@ -105,6 +106,7 @@ def compile_model(
     calibration: Sequence[Atoms] = (),
     trust_structures: Sequence[Atoms] | None = None,
     tf32: bool = False,
+    static_shapes: bool = False,
 ) -> CompileReport:
     """Compile a model to a file that runs without compactmlip's model code, and check the file.
 
@@ -136,6 +138,8 @@ def compile_model(
         ``calibration`` if None.  Without any there is no trust region; nor is there with backend "aoti".
     tf32
         Allow products in TF32 on NVIDIA GPUs.  The check runs on the CPU and does not see what it costs.
+    static_shapes
+        Let no shape depend on distances or species, for CUDA graphs (backends "torch" and "cueq").
 
     Raises
     ------
@@ -153,7 +157,7 @@ def compile_model(
         If an option or a structure cannot be used.
     """
     output = Path(output)
-    _check_options(output, dtype, backend, tf32)
+    _check_options(output, dtype, backend, tf32, static_shapes)
     source = None
     if not isinstance(model, nn.Module):
         source, model = Path(model), load(model)
@@ -162,6 +166,8 @@ def compile_model(
     checker = SelfChecker(original, spec, check_structures, calibration)
     with _operators(backend), matmul_precision():
         made = prepared(original, backend, dtype, checker)
+        if static_shapes:
+            with_static_shapes(made.module)
         trust, no_trust = _fit_trust(
             made.module, spec, backend, calibration if trust_structures is None else trust_structures
         )
@@ -338,7 +344,9 @@ def _compiled(module: nn.Module, example: GraphBatch, backend: Backend, trust: F
     return partial(write_package, compile_package(module, example))
 
 
-def _check_options(output: Path, precision: Precision, backend: Backend, tf32: bool) -> None:
+def _check_options(
+    output: Path, precision: Precision, backend: Backend, tf32: bool, static_shapes: bool
+) -> None:
     if backend not in SUFFIXES:
         hint = did_you_mean(backend, SUFFIXES)
         raise InputError(f"unknown backend '{backend}'; known: {', '.join(SUFFIXES)}.{hint}")
@@ -354,6 +362,10 @@ def _check_options(output: Path, precision: Precision, backend: Backend, tf32: b
         raise InputError(
             "--tf32 is for files that run in float32 on NVIDIA GPUs: use it with --backend torch or cueq and "
             "without --dtype float64."
+        )
+    if static_shapes and backend not in ("torch", "cueq"):
+        raise InputError(
+            "--static-shapes is for files that run as CUDA graphs: use it with --backend torch or cueq."
         )
 
 

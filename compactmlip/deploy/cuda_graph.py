@@ -230,5 +230,6 @@ def check_recordable(path: Path, module: torch.jit.ScriptModule | None, device: 
     if found:
         raise InputError(
             f"{path}: {', '.join(found)} cannot be part of a CUDA graph (weights per species in a file of "
-            "--backend torch). Compile the model again with --backend cueq, or leave out cuda_graph=True."
+            "--backend torch, or layers with cutoffs of their own). Compile the model again with "
+            "--static-shapes, or leave out cuda_graph=True."
         )

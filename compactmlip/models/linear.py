@@ -182,11 +182,12 @@ MANY_SPECIES = 16
 
 def _per_species_static(features: Tensor, weight: Tensor, species: Tensor, precision: str | None) -> Tensor:
     """:func:`_per_species` with operations on all nodes only; it does more work."""
-    if weight.shape[0] >= MANY_SPECIES:
+    everything = range(weight.shape[0])  # traced, the size would be a tensor
+    if len(everything) >= MANY_SPECIES:
         return multiply(features, weight.index_select(0, species), precision)
-    mine = [(species == s).to(features.dtype)[:, None, None] for s in range(weight.shape[0])]
+    mine = [(species == s).to(features.dtype)[:, None, None] for s in everything]
     out = multiply(features * mine[0], weight[0], precision)
-    for s in range(1, weight.shape[0]):
+    for s in everything[1:]:
         out = out + multiply(features * mine[s], weight[s], precision)
     return out
 

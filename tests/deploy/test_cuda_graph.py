@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,9 @@ from ase.build import bulk
 from torch import Tensor, nn
 
 from compactmlip import checkpoint
+from compactmlip.compress.apply import with_layer_cutoffs
 from compactmlip.data.graph import Derivatives, GraphBatch, build_graph, collate, energy_and_derivatives
-from compactmlip.deploy.archive import load_deployed, without_profiling
+from compactmlip.deploy.archive import Backend, load_deployed, without_profiling
 from compactmlip.deploy.ase import CompactMLIPCalculator
 from compactmlip.deploy.compile import compile_model
 from compactmlip.deploy.cuda_graph import (
@@ -31,6 +33,8 @@ from compactmlip.deploy.cuda_graph import (
 from compactmlip.deploy.engine import load_engine
 from compactmlip.deploy.selfcheck import random_structures
 from compactmlip.errors import InputError
+from compactmlip.models import model_spec
+from compactmlip.spec import ModelSpec
 
 
 def assert_equal(found: Derivatives, expected: Derivatives, tolerance: float = 1e-12) -> None:
@@ -264,12 +268,46 @@ def test_operations_that_wait_for_values(tiny_model: nn.Module, tmp_path: Path) 
     """Weights per species in plain PyTorch; files of cuequivariance have no such operations."""
     path = compile_model(tiny_model, tmp_path / "m.pt", dtype="float64", backend="torch").path
     module, _ = load_deployed(path)
-    with pytest.raises(InputError, match=r"aten::nonzero cannot .*--backend cueq"):
+    with pytest.raises(InputError, match=r"aten::nonzero cannot .*--static-shapes"):
         check_recordable(path, module, torch.device("cuda"))
+    path = compile_model(tiny_model, path, dtype="float64", backend="torch", static_shapes=True).path
+    check_recordable(path, load_deployed(path)[0], torch.device("cuda"))
     pytest.importorskip("cuequivariance_torch")
     path = compile_model(tiny_model, tmp_path / "c.pt", dtype="float64", backend="cueq").path
     module, _ = load_deployed(path)
     check_recordable(path, module, torch.device("cuda"))
+
+
+@pytest.mark.parametrize("backend", ["torch", "cueq"])
+def test_layers_with_cutoffs_of_their_own(
+    make_model: Callable[..., nn.Module],
+    make_spec: Callable[..., ModelSpec],
+    tmp_path: Path,
+    backend: Backend,
+) -> None:
+    """They drop edges, which a recording cannot; with all edges the file computes the same."""
+    if backend == "cueq":
+        pytest.importorskip("cuequivariance_torch")
+    whole = make_model(make_spec(species=("O", "Mg"), channels=(4, 2), num_layers=3, cutoff=4.0), seed=4)
+    short = with_layer_cutoffs(whole, (None, 3.0, 2.5))
+    modules = []
+    for static in (False, True):
+        path = tmp_path / f"{static}.pt"
+        compile_model(short, path, dtype="float64", backend=backend, static_shapes=static)
+        modules.append(load_deployed(path)[0])
+    with pytest.raises(InputError, match="layers with cutoffs of their own"):
+        check_recordable(path, modules[0], torch.device("cuda"))
+    check_recordable(path, modules[1], torch.device("cuda"))
+    for graph in graphs(model_spec(short)):
+        assert_equal(*(energy_and_derivatives(without_profiling(m), graph) for m in modules))
+        padded = Padded(without_profiling(modules[1]), 4.0)
+        assert_equal(padded(graph), energy_and_derivatives(without_profiling(modules[0]), graph))
+
+
+def test_static_shapes_are_for_gpus(tiny_model: nn.Module, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="--static-shapes is for files that run as CUDA graphs"):
+        compile_model(tiny_model, tmp_path / "m.pt", backend="kernels", static_shapes=True)
+    assert not list(tmp_path.iterdir())
 
 
 def test_engine_records(deployed_quick: Path, monkeypatch: pytest.MonkeyPatch) -> None:

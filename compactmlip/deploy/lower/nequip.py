@@ -156,7 +156,12 @@ class Layer(nn.Module):
 
 
 class LoweredNequIP(LoweredModel):
-    """Energy of each atom; what :class:`compactmlip.models.nequip.NequIP` computes."""
+    """Energy of each atom; what :class:`compactmlip.models.nequip.NequIP` computes.
+
+    With ``static_shapes`` layers with a shorter cutoff are given all edges; their tables end there.
+    """
+
+    static_shapes = False
 
     def __init__(self, model: NequIP, grid: Grid) -> None:
         super().__init__(model.energy_scale, model.energy_shift)
@@ -182,8 +187,9 @@ class LoweredNequIP(LoweredModel):
     def _scalars(self, graph: Domain) -> Tensor:
         """Scalars after the last layer, (n_owned, 1, channels)."""
         x: Features = [] if len(self.layers) else [self.embedding(graph.owned_species)]
-        graphs = {cutoff: graph.within(cutoff) for cutoff in self.cutoffs if cutoff is not None}
+        shorter = [] if self.static_shapes else self.cutoffs
+        graphs: dict[float | None, Domain] = {c: graph.within(c) for c in shorter if c is not None}
         for layer, cutoff in zip(self.layers, self.cutoffs, strict=True):
-            x = layer(x, graph if cutoff is None else graphs[cutoff])
+            x = layer(x, graphs.get(cutoff, graph))
         assert x[0] is not None
         return x[0]
