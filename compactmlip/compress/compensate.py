@@ -21,10 +21,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from compactmlip.channels import Mask
-from compactmlip.compress.mirror import Pairs
+from compactmlip.compress.mirror import REFIT_EDGES, Pairs
 from compactmlip.compress.refit import StageFit, refit, stage_outputs
 from compactmlip.data.graph import (
-    MAX_EDGES,
     Derivatives,
     GraphBatch,
     batches_by_edges,
@@ -105,7 +104,7 @@ def compensate(
     *,
     groups: Sequence[object] | None = None,
     num_folds: int = 5,
-    max_edges: int = MAX_EDGES,
+    max_edges: int = REFIT_EDGES,
     seed: int = 0,
     progress: bool = False,
 ) -> Compensation:
@@ -146,7 +145,7 @@ def compensate(
     refits = _Refits(original, masks, _displaced(parts, max_edges, seed, where))
     best: float | None = None
     for damping in DAMPINGS:
-        models = {fold: copy.deepcopy(pruned) for _, fold in check}
+        models = {fold: copy.deepcopy(pruned) for fold in {fold for _, fold in check}}
         for fold, model in models.items():
             refits.run(model, damping, "compensation, trial", progress, without=fold)
         found = _errors([models[fold] for _, fold in check], check, wanted)

@@ -13,12 +13,11 @@ from torch import nn
 from compactmlip.compress.apply import prune
 from compactmlip.compress.compensate import kept_columns, split_folds
 from compactmlip.compress.cost import Shapes
-from compactmlip.compress.mirror import Pairs
+from compactmlip.compress.mirror import REFIT_EDGES, Pairs
 from compactmlip.compress.plan_file import Plan
 from compactmlip.compress.refit import refit, stage_outputs
 from compactmlip.compress.tapped import Scores
 from compactmlip.data.graph import (
-    MAX_EDGES,
     GraphBatch,
     batches_by_edges,
     build_graph,
@@ -117,11 +116,11 @@ class Evaluator:
         self.data: list[tuple[GraphBatch, int]] = []
         for fold in range(FOLDS):
             part = [g for g, f in zip(graphs, folds, strict=True) if f == fold]
-            made = self.pairs.batches(part, MAX_EDGES, seed=FOLDS * seed + fold)
+            made = self.pairs.batches(part, REFIT_EDGES, seed=FOLDS * seed + fold)
             self.data += [(batch, fold) for batch in made]
         self.outputs = list(stage_outputs(teacher, [batch for batch, _ in self.data]))
         held = [build_graph(a, model_spec(teacher), model_dtype(teacher)) for a in frames.held_out]
-        self.check = [collate([held[k] for k in i]) for i in batches_by_edges(held, MAX_EDGES)]
+        self.check = [collate([held[k] for k in i]) for i in batches_by_edges(held, REFIT_EDGES)]
         self.wanted = [energy_and_derivatives(teacher, batch) for batch in self.check]
 
     def student(self, plan: Plan) -> nn.Module:
