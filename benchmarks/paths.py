@@ -26,6 +26,8 @@ from common import header, parser, report, shown, spread, table
 from torch import nn
 
 from compactmlip import checkpoint
+from compactmlip.channels import format_channels
+from compactmlip.compress.allocate import full_channels
 from compactmlip.compress.compress import compress
 from compactmlip.compress.cost import Setting, Shapes
 from compactmlip.compress.plan import parse_cutoffs
@@ -103,7 +105,8 @@ class Bench:
                 plan = self.uniform(float(speedup.rstrip("x")), cutoffs)
             else:
                 planner = self.planner(speedup, "channels" if cut == "ranked" else "paths", cutoffs)
-                plan = planner.plan(self.given.narrow if cut == "both" else None)
+                whole = ",".join(format_channels(c) for c in full_channels(self.shapes))
+                plan = planner.plan({"both": self.given.narrow, "paths": whole}.get(cut))
             plan.save(path)
         return Plan.load(path)
 

@@ -123,8 +123,8 @@ def prune(
     first: Annotated[
         Literal["paths", "channels"] | None,
         typer.Option(
-            help="What a budget cuts first: paths of the tensor products (of the channels that --to names, "
-            "or all; the default of SevenNet models for latency and flops), or channels by a ranking of all."
+            help="What a budget cuts first: paths of the tensor products (of the channels that --to names; "
+            "the default of SevenNet models for latency and flops), or channels by a ranking of all."
         ),
     ] = None,
     round_to: RoundTo = 8,

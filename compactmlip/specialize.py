@@ -232,12 +232,12 @@ class _Run:
         return [replace(cut, **given) for cut in defaults[: 1 if "cut_paths" in given else None]]
 
     def _starts(self, teacher: nn.Module) -> list[str | None]:
-        """Channels that a budget begins with; None for all of them."""
+        """Channels that a budget begins with; None where it ranks all."""
         assert self.options.budget is not None
         spec, to = model_spec(teacher), self.options.to
         if to is not None or not cuts_paths(Budget.parse(self.options.budget), spec, to):
             return [to]
-        return [None, *(cut.to for cut in default_cuts(spec)[1:])]
+        return [cut.to for cut in default_cuts(spec)]
 
     def _check_targets(self, model: nn.Module) -> None:
         """Refuse a target that cannot be met now, not after sampling and labelling."""

@@ -12,7 +12,7 @@ from compactmlip.channels import format_channels
 from compactmlip.compress.allocate import allocate, full_channels
 from compactmlip.compress.compress import some_structures
 from compactmlip.compress.cost import Budget, Cost, Setting, Shapes, cost_of
-from compactmlip.compress.defaults import default_cut
+from compactmlip.compress.defaults import default_cut, default_cuts
 from compactmlip.compress.importance import importance
 from compactmlip.compress.path_importance import path_importance
 from compactmlip.compress.plan import parse_cutoffs
@@ -34,8 +34,10 @@ PATHS_FIRST = frozenset({"latency", "flops"})
 Channels take more parameters and memory; and in MACE models losing channels costs less than losing paths
 (benchmarks/results/paths.md)."""
 
-SHORTER_FROM = 0.5
-"""Share of the uncut model's cost below which layers see fewer neighbours, where paths are cut first."""
+MUCH = 0.5
+"""Share of the uncut model's cost below which layers see fewer neighbours and fewer channels are begun with,
+where paths are cut first.  Errors after a short training were the smallest, or nearly, for both materials
+that were looked at; cutting paths of all channels is good for one of them (benchmarks/results/paths.md)."""
 
 OVER = (1.0, 1.5, 2.0, 3.0, 5.0, 10.0)
 """Costs over the bound that cutting paths is tried to reach, in turn; fewer channels do the rest."""
@@ -108,7 +110,8 @@ class Planner:
         Parameters
         ----------
         to
-            Channels to begin with where paths are cut first; all by default.
+            Channels to begin with where paths are cut first; by default the last of the family's where less
+            than half of the cost may stay, and all otherwise.
 
         Raises
         ------
@@ -117,18 +120,23 @@ class Planner:
         """
         by_paths = cuts_paths(self.bound, model_spec(self.teacher), to, self.first)
         limit = self.bound.bound(self.whole)
-        template = self.template.model_copy(update={"cutoffs": self._reach(by_paths, limit)})
+        much = by_paths and self.space.prefers_paths and limit <= MUCH * self.whole
+        narrow = default_cuts(model_spec(self.teacher))[-1].to if much and to is None else None
+        template = self.template.model_copy(update={"cutoffs": self._reach(much)})
 
-        def made() -> Plan:
+        def found() -> Plan:
             if by_paths:
-                return _paths_first(self.space, self.worth, self.cost, limit, template, to)
-            ranked = allocate(
-                self.shapes, self.scores, self.cost, limit, round_to=self.round_to, template=template
-            )
-            # The last block may have taken an order, and much of the cost: the others get what is left over.
-            return self.space.scaled(ranked, lambda plan: self.cost(plan) / limit) or ranked
+                plan = _paths_first(self.space, self.worth, self.cost, limit, template, to or narrow)
+                left_over = narrow is not None and not plan.without_paths
+            else:
+                plan = allocate(
+                    self.shapes, self.scores, self.cost, limit, round_to=self.round_to, template=template
+                )
+                left_over = True  # the last block may have taken an order, and much of the cost
+            grown = self.space.scaled(plan, lambda p: self.cost(p) / limit) if left_over else None
+            return grown or plan
 
-        plan = self.latency.settled(made) if self.latency else made()
+        plan = self.latency.settled(found) if self.latency else found()
         made_by = {
             "budget": self.budget,
             "round_to": self.round_to,
@@ -137,10 +145,10 @@ class Planner:
         }
         return plan.model_copy(update={"made_by": made_by})
 
-    def _reach(self, by_paths: bool, limit: float) -> tuple[float | None, ...] | None:
+    def _reach(self, much: bool) -> tuple[float | None, ...] | None:
         """Cutoffs of the layers."""
         spec, text = model_spec(self.teacher), self.cutoffs
-        if text is None and by_paths and limit <= SHORTER_FROM * self.whole:
+        if text is None and much:
             text = default_cut(spec).cutoffs
         return None if text is None else parse_cutoffs(text, spec)
 

@@ -12,6 +12,7 @@ from torch import nn
 
 from compactmlip.compress.allocate import full_channels
 from compactmlip.compress.cost import Setting, Shapes, multiply_adds
+from compactmlip.compress.defaults import DEFAULTS, Cut
 from compactmlip.compress.plan_file import Plan
 from compactmlip.compress.thin import kept_paths
 from compactmlip.data.graph import GraphBatch, build_graph
@@ -81,6 +82,20 @@ def test_layers_see_less_where_much_is_saved(teacher: nn.Module, graphs: list[Gr
     assert _within("flops=40%", teacher, graphs, first="channels").cutoffs is None
     by_channels = _within("flops=40%", teacher, graphs, first="channels", cutoffs="80%")
     assert by_channels.cutoffs == (2.0, 2.0, 2.0)
+
+
+def test_channels_grow_where_no_path_has_to_go(
+    teacher: nn.Module, graphs: list[GraphBatch], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without --to, much is saved by fewer channels of the same proportions; with it they stay."""
+    cuts = (Cut("16x0+8x1+4x2", 0.5), Cut("4x0+2x1", cutoffs="-,80%"))
+    monkeypatch.setitem(DEFAULTS, "nequip", cuts)
+    cost = _cost(teacher, graphs)
+    plan = _within("flops=40%", teacher, graphs)
+    assert not plan.without_paths and len(plan.channels[0]) == 2 and plan.channels[0][0] > 4
+    assert cost(plan) <= 0.4 * plan.made_by["cost_uncut"]
+    assert _within("flops=40%", teacher, graphs, to="4x0+2x1").layers[0] == "4x0+2x1"
+    assert _within("flops=60%", teacher, graphs).layers[0] == "16x0+8x1+4x2"
 
 
 def test_parameters_are_saved_on_channels(teacher: nn.Module, graphs: list[GraphBatch]) -> None:
