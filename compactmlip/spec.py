@@ -81,9 +81,18 @@ class ModelSpec(_Frozen):
     @property
     def receptive_field(self) -> float:
         """Distance in Angstrom beyond which an atom cannot change another atom's energy."""
-        layers = self.architecture.get("layers", ())
-        own = [float(c) for layer in layers if (c := layer.get("cutoff")) is not None]
+        own = self._layer_cutoffs
         return self.cutoff * (self.num_message_passing_layers - len(own)) + sum(own)
+
+    @property
+    def cutoffs(self) -> tuple[float, ...]:
+        """The model's cutoff and those of its layers in Angstrom, each once, the longest one first."""
+        return tuple(sorted({self.cutoff, *self._layer_cutoffs}, reverse=True))
+
+    @property
+    def _layer_cutoffs(self) -> list[float]:
+        layers = self.architecture.get("layers", ())
+        return [float(c) for layer in layers if (c := layer.get("cutoff")) is not None]
 
     def species_index(self, symbols: list[str], where: str = "the structure") -> list[int]:
         """Map chemical symbols to the model's species index.

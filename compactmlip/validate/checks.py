@@ -172,14 +172,14 @@ class Thresholds(_Frozen):
     cutoff_energy: Limit = Limit(
         good=0.1,
         bad=1.0,
-        reason="Change of the energy when two atoms come into reach of each other. Each such event adds or "
-        "takes it without a force that would account for it.",
+        reason="Change of the energy when two atoms come into reach of each other, or of a layer, that no "
+        "force accounts for. Each such event adds it or takes it.",
     )
     cutoff_force: Limit = Limit(
         good=1.0,
         bad=10.0,
-        reason="Force 0.001 A within the cutoff, where that of a smooth cutoff has hardly begun (a cutoff "
-        "function whose curvature jumps, as XPLOR's, shows up to about 1).",
+        reason="Change of the force from 0.001 A within the cutoff to 0.001 A beyond it, where that of a "
+        "smooth one is hardly to be seen (one whose curvature jumps, as XPLOR's, shows up to about 1).",
     )
 
 
@@ -350,14 +350,13 @@ def structure_checks(found: Sequence[Distribution], limits: Thresholds) -> list[
 
 
 def cutoff_checks(found: CutoffStep | None, limits: Thresholds) -> list[Check]:
-    """Judge how energy and force end at the cutoff."""
+    """Judge whether energy and force are smooth where atoms come into reach of each other."""
     if found is None:
         return []
+    where = f"at the cutoff ({found.pair}, {found.cutoff:g} A)"
     return [
-        limited(
-            f"step of the energy at the cutoff ({found.pair})", found.energy, "meV", limits.cutoff_energy
-        ),
-        limited(f"force at the cutoff ({found.pair})", found.force, "meV/A", limits.cutoff_force),
+        limited(f"step of the energy {where}", found.energy, "meV", limits.cutoff_energy),
+        limited(f"step of the force {where}", found.force, "meV/A", limits.cutoff_force),
     ]
 
 

@@ -1,12 +1,13 @@
-"""Whether energy and force end smoothly at the cutoff: two atoms that come into reach of each other.
+"""Whether energy and force are smooth at the cutoffs: two atoms that come into reach of each other.
 
-A step of the energy, or a force that begins at once, heats every simulation in which neighbours come and go.
+A step of the energy, or of the force, heats every simulation in which neighbours come and go.  Layers may
+have shorter cutoffs than the model; there the two atoms see each other on both sides.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import combinations_with_replacement
+from itertools import combinations_with_replacement, product
 from typing import Any
 
 import numpy as np
@@ -16,11 +17,12 @@ from pydantic import BaseModel, ConfigDict
 from compactmlip.validate.parity import MILLI
 
 INSIDE = 1e-3
-"""Angstrom within the cutoff at which the force is taken; that of a smooth cutoff has hardly begun."""
+"""Angstrom on either side of a cutoff, once and twice, at which energy and force are taken: what makes a
+smooth cutoff is hardly to be seen there."""
 
 
 class CutoffStep(BaseModel):
-    """The pair of species with the largest force just within the cutoff.
+    """The pair of species and the cutoff with the largest step.
 
     Attributes
     ----------
@@ -29,9 +31,9 @@ class CutoffStep(BaseModel):
     cutoff
         Angstrom.
     energy
-        Step of the energy between just within and just beyond it, meV.
+        Step of the energy between just within and just beyond it that the forces do not account for, meV.
     force
-        Force on either atom just within it, meV/Angstrom.
+        Step of the force on either atom, meV/Angstrom.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
@@ -41,8 +43,8 @@ class CutoffStep(BaseModel):
     force: float
 
 
-def cutoff_step(calculator: Any, symbols: Sequence[str], cutoff: float) -> CutoffStep:
-    """Let two atoms of each two species cross the cutoff.
+def cutoff_step(calculator: Any, symbols: Sequence[str], cutoffs: Sequence[float]) -> CutoffStep:
+    """Let two atoms of each two species cross each cutoff.
 
     Parameters
     ----------
@@ -50,14 +52,18 @@ def cutoff_step(calculator: Any, symbols: Sequence[str], cutoff: float) -> Cutof
         ASE calculator.
     symbols
         Species to combine.
-    cutoff
+    cutoffs
         Angstrom.
     """
     found = []
-    for pair in combinations_with_replacement(sorted(set(symbols)), 2):
-        inside, beyond = (_two_atoms(calculator, pair, cutoff + shift) for shift in (-INSIDE, INSIDE))
-        force = float(np.abs(inside[1]).max())
-        step = abs(inside[0] - beyond[0])
+    for pair, cutoff in product(combinations_with_replacement(sorted(set(symbols)), 2), cutoffs):
+        (_, f_far), (e_in, f_in), (e_out, f_out), (_, f_beyond) = (
+            _two_atoms(calculator, pair, cutoff + k * INSIDE) for k in (-2, -1, 1, 2)
+        )
+        # The force on the first atom is the slope of the energy over the distance.
+        step = abs(e_out - e_in - INSIDE * float((f_in + f_out)[0, 2]))
+        # Forces on both sides go on as straight lines to where these meet.
+        force = float(np.abs((2 * f_in - f_far) - (2 * f_out - f_beyond)).max())
         found.append(CutoffStep(pair="-".join(pair), cutoff=cutoff, energy=step * MILLI, force=force * MILLI))
     return max(found, key=lambda f: max(f.energy / INSIDE, f.force))
 

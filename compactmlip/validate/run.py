@@ -162,7 +162,7 @@ def validate(
         ),
     )
     present = {symbol for atoms in heldout for symbol in atoms.get_chemical_symbols()}
-    ends = cutoff_step(calculators["model"], sorted(present), calculators["model"].spec.cutoff)
+    ends = cutoff_step(calculators["model"], sorted(present), calculators["model"].spec.cutoffs)
     engines, alone = parts.of(
         "engines",
         lambda: compare_deployed(paths["model"], calculators["model"], near_size(start, SMALL_CELL), source),
