@@ -58,6 +58,10 @@ TRIAL_SHARE, SHORTEST_TRIAL = 0.09, 0.2
 """Share of the time for training that each candidate gets before one is chosen; minutes below which the first
 one is taken."""
 
+FIRST_STAYS = 0.9
+"""Validation loss over that of the first candidate from which on another one takes its place.  As good after
+a short training, the first one is better after a long one: it has more channels."""
+
 
 def specialize(
     structures: Sequence[Atoms],
@@ -174,7 +178,7 @@ class _Run:
         return {"candidates": len(targets)}
 
     def choose(self) -> dict[str, Any]:
-        """Train each of several candidates for a short time; the best of them goes on.
+        """Train each of several candidates for a short time; the best of them goes on, the first if in doubt.
 
         Errors before a training say little about what it makes of a model.
         """
@@ -188,6 +192,7 @@ class _Run:
             ]
             losses = [min(row["valid_loss"] for row in result.history) for result in results]
             chosen = int(np.argmin(losses))
+            chosen = chosen if losses[chosen] < FIRST_STAYS * losses[0] else 0
             tried = [result.errors.forces.mae for result in results]
             checkpoint.save(results[chosen].model, self.folder / "started.safetensors")
         for name in ("pruned", "compensated"):

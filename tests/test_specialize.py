@@ -232,6 +232,28 @@ def test_the_candidate_that_learns_best_goes_on(
     assert "chosen" not in run._stage("pruned", "pruned").note
 
 
+@pytest.mark.parametrize(("factor", "chosen"), [(0.95, 0), (0.85, 1), (1.2, 0)])
+def test_the_first_candidate_stays_if_in_doubt(
+    teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, factor: float, chosen: int
+) -> None:
+    monkeypatch.setitem(DEFAULTS, "nequip", (Cut("8x0+6x1", 0.0), Cut("4x0+3x1")))
+    options = _options(teacher, to=None, minutes=12.0)
+    folder = Folder(tmp_path, options, _MGO)
+    run = module._Run(folder, options, _MGO, False)
+    for name in ("teacher", "sample", "label", "prune"):
+        folder.step(name, getattr(run, name))
+    losses = iter((1.0, factor))
+
+    def trained(*args: Any, **given: Any) -> Any:
+        result = module_distil(*args, **given)
+        result.history[:] = [{**result.history[-1], "valid_loss": next(losses)}]
+        return result
+
+    module_distil = module.distil
+    monkeypatch.setattr(module, "distil", trained)
+    assert run.choose()["chosen"] == chosen
+
+
 def test_no_trial_where_there_is_no_time_for_it(teacher: Path, tmp_path: Path) -> None:
     options = _options(teacher, to=None, minutes=0.1)
     _pruned(options, tmp_path)
