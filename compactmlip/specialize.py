@@ -253,7 +253,7 @@ class _Run:
         if self.options.budget is not None:
             cuts_paths(Budget.parse(self.options.budget), spec, self.options.to)
         for cut in self._cuts(model):
-            cutoffs = None if cut.cutoffs is None else parse_cutoffs(cut.cutoffs, spec)
+            cutoffs = parse_cutoffs(cut.cutoffs, spec)
             may_stay = cut.cut_paths > 0 or self.options.budget is not None
             checked_targets(spec, cut.to, cutoffs=cutoffs, all_may_stay=may_stay, **self._parts())
 

@@ -200,10 +200,7 @@ def test_the_candidate_that_learns_best_goes_on(
     """Whichever it is; its weights of the short training are what the long one begins with."""
     monkeypatch.setitem(DEFAULTS, "nequip", (Cut("8x0+6x1+4x2", 0.5), Cut("4x0+3x1")))
     options = _options(teacher, to=None, minutes=12.0)
-    folder = Folder(tmp_path, options, _MGO)
-    run = module._Run(folder, options, _MGO, False)
-    for name in ("teacher", "sample", "label", "prune"):
-        folder.step(name, getattr(run, name))
+    run = _until_pruned(options, tmp_path)
     trainings: list[tuple[float, dict[str, Any]]] = []
 
     def trained(student: nn.Module, *args: Any, **given: Any) -> Any:
@@ -215,7 +212,7 @@ def test_the_candidate_that_learns_best_goes_on(
 
     module_distil = module.distil
     monkeypatch.setattr(module, "distil", trained)
-    assert folder.step("choose", run.choose)["chosen"] == better
+    assert run.folder.step("choose", run.choose)["chosen"] == better
     kept = model_spec(checkpoint.load(tmp_path / "compensated.safetensors"))
     assert kept.architecture["layers"][0]["out"][0] == (8, 4)[better]
     weights = [
@@ -223,7 +220,7 @@ def test_the_candidate_that_learns_best_goes_on(
         for name in ("started.safetensors", f"candidates/trial-{better}/best.safetensors")
     ]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[1])
-    folder.step("distil", run.distil)
+    run.folder.step("distil", run.distil)
     assert all(torch.equal(trainings[2][1][name], weights[0][name]) for name in weights[0])
     wanted = [module.TRIAL_SHARE * trainings[2][0]] * 2
     assert [minutes for minutes, _ in trainings[:2]] == pytest.approx(wanted, rel=0.2)
@@ -238,10 +235,7 @@ def test_the_first_candidate_stays_if_in_doubt(
 ) -> None:
     monkeypatch.setitem(DEFAULTS, "nequip", (Cut("8x0+6x1", 0.0), Cut("4x0+3x1")))
     options = _options(teacher, to=None, minutes=12.0)
-    folder = Folder(tmp_path, options, _MGO)
-    run = module._Run(folder, options, _MGO, False)
-    for name in ("teacher", "sample", "label", "prune"):
-        folder.step(name, getattr(run, name))
+    run = _until_pruned(options, tmp_path)
     losses = iter((1.0, factor))
 
     def trained(*args: Any, **given: Any) -> Any:
@@ -262,11 +256,17 @@ def test_no_trial_where_there_is_no_time_for_it(teacher: Path, tmp_path: Path) -
     assert not (tmp_path / "started.safetensors").exists()
 
 
-def _pruned(options: SpecializeOptions, folder: Path) -> tuple[ModelSpec, ModelSpec]:
-    """Teacher and pruned model after the first steps."""
+def _until_pruned(options: SpecializeOptions, folder: Path) -> Any:
+    """A run after its first steps."""
     run = module._Run(Folder(folder, options, _MGO), options, _MGO, False)
     for name in ("teacher", "sample", "label", "prune"):
         run.folder.step(name, getattr(run, name))
+    return run
+
+
+def _pruned(options: SpecializeOptions, folder: Path) -> tuple[ModelSpec, ModelSpec]:
+    """Teacher and pruned model after the first steps."""
+    _until_pruned(options, folder)
     names = ("teacher", "candidates/pruned-0")
     teacher, cut = (model_spec(checkpoint.load(folder / f"{name}.safetensors")) for name in names)
     return teacher, cut
@@ -297,7 +297,7 @@ def test_a_budget_is_kept_to(teacher: Path, tmp_path: Path) -> None:
     assert list(plan.channels[0]) == cut.architecture["layers"][0]["out"]
 
 
-def test_a_budget_that_cuts_paths_begins_with_all_channels_and_with_fewer(
+def test_a_budget_that_cuts_paths_begins_with_many_channels_and_with_fewer(
     teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(DEFAULTS, "nequip", (Cut("8x0+6x1+4x2", 0.5), Cut("4x0+3x1", 0.3)))

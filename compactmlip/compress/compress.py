@@ -134,7 +134,7 @@ def compress(
         teacher = cut_layers(teacher, layers, graphs=graphs)
     result = Compressed(teacher, None, {})
     if target is not None:
-        reach = None if cutoffs is None else parse_cutoffs(cutoffs, model_spec(teacher))
+        reach = parse_cutoffs(cutoffs, model_spec(teacher))
         options: dict[str, Any] = {"radial_hidden": radial_hidden, "readout_hidden": readout_hidden}
         options |= {"odd_paths": odd_paths, "edge_order": edge_order}
         if isinstance(target, Plan):

@@ -33,12 +33,12 @@ def parse_target(text: str, num_layers: int) -> list[Channels]:
     return parts
 
 
-def parse_cutoffs(text: str, spec: ModelSpec) -> tuple[float | None, ...] | None:
+def parse_cutoffs(text: str | None, spec: ModelSpec) -> tuple[float | None, ...] | None:
     """Parse the cutoffs of a model's layers, separated by commas: the last one holds for all that follow.
 
     Each is a length in Angstrom (``4.5``), a share of the model's cutoff (``80%``) or ``-`` for the model's
     own: ``-,4`` lets all layers but the first see neighbours up to 4 Angstrom.  None if no layer has another
-    than the model's.
+    than the model's, as without a text.
 
     Raises
     ------
@@ -46,6 +46,8 @@ def parse_cutoffs(text: str, spec: ModelSpec) -> tuple[float | None, ...] | None
         If the text is malformed, lists more layers than there are, or a cutoff is not between zero and the
         model's, or the family's layers have none.
     """
+    if text is None:
+        return None
     found: list[float | None] = []
     for part in text.split(","):
         match = re.fullmatch(r"-|([0-9]*\.?[0-9]+)(%?)", part.strip())

@@ -21,7 +21,7 @@ from compactmlip.deploy.archive import SUFFIXES
 from compactmlip.deploy.package import SMALLEST
 from compactmlip.errors import KernelError, UnsupportedFeatureError
 from compactmlip.kernels.compiler import find_compiler
-from compactmlip.models.static_shapes import with_static_shapes
+from compactmlip.models.static_shapes import use_static_shapes
 
 SETTINGS = {
     # Otherwise the number of threads at compile time is part of the code.
@@ -56,7 +56,7 @@ def compile_package(model: nn.Module, example: GraphBatch) -> bytes:
         compiler = find_compiler()
     except KernelError as error:
         raise KernelError(f"--backend aoti: {error}. {OTHERWISE}") from error
-    with_static_shapes(model)
+    use_static_shapes(model)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch warns of the deprecation of its own parts
         try:

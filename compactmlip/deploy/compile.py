@@ -53,7 +53,7 @@ from compactmlip.errors import (
 from compactmlip.kernels.build import VARIABLE, load as load_kernels, mode, without_kernels
 from compactmlip.models import cast, exact_copy, model_spec
 from compactmlip.models.linear import ConstantWeight, ScaledWeight
-from compactmlip.models.static_shapes import with_static_shapes
+from compactmlip.models.static_shapes import use_static_shapes
 from compactmlip.spec import ModelSpec
 
 
@@ -167,7 +167,7 @@ def compile_model(
     with _operators(backend), matmul_precision():
         made = prepared(original, backend, dtype, checker)
         if static_shapes:
-            with_static_shapes(made.module)
+            use_static_shapes(made.module)
         trust, no_trust = _fit_trust(
             made.module, spec, backend, calibration if trust_structures is None else trust_structures
         )

@@ -8,8 +8,8 @@ from __future__ import annotations
 from torch import nn
 
 
-def with_static_shapes(model: nn.Module) -> nn.Module:
-    """Change a model so that no shape depends on distances or species, and return it.
+def use_static_shapes(model: nn.Module) -> None:
+    """Change a model so that no shape depends on distances or species.
 
     Modules that have a choice have the attribute ``static_shapes``.  What they leave out otherwise, edges
     beyond a layer's cutoff for instance, then contributes nothing but takes its time.
@@ -17,4 +17,3 @@ def with_static_shapes(model: nn.Module) -> nn.Module:
     for module in model.modules():
         if hasattr(module, "static_shapes"):
             setattr(module, "static_shapes", True)  # noqa: B010 - mypy takes attributes of modules for tensors
-    return model

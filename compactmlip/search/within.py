@@ -150,7 +150,7 @@ class Planner:
         spec, text = model_spec(self.teacher), self.cutoffs
         if text is None and much:
             text = default_cut(spec).cutoffs
-        return None if text is None else parse_cutoffs(text, spec)
+        return parse_cutoffs(text, spec)
 
     @cached_property
     def latency(self) -> Latency | None:

@@ -261,6 +261,7 @@ def test_no_layer_sees_more_than_before(whole: nn.Module) -> None:
     once = with_layer_cutoffs(whole, (None, 3.5, 3.0))
     twice = with_layer_cutoffs(once, (4.0, None, 3.2))
     assert [layer["cutoff"] for layer in model_spec(twice).architecture["layers"]] == [4.0, 3.5, 3.0]
+    assert model_spec(once).cutoffs == (4.5, 3.5, 3.0) and model_spec(whole).cutoffs == (4.5,)
 
 
 def test_random_models_too(model: nn.Module) -> None:
